@@ -1,1 +1,19 @@
-//! dsv3-core
+//! The words every other crate shares: digests, artifacts, events, error kinds, seeds, the clock. Data types only.
+//!
+//! Invariant: nothing here reads a file, a clock or a random source of the machine; those arrive from the caller.
+
+mod artifact;
+mod cancel;
+mod clock;
+mod digest;
+mod error;
+mod event;
+mod seed;
+
+pub use artifact::{Artifact, ArtifactRef, FileEntry, Kind, Manifest, kinds};
+pub use cancel::Cancel;
+pub use clock::{Clock, SystemClock, VirtualClock};
+pub use digest::{Digest, ParseDigestError};
+pub use error::{Error, ErrorKind};
+pub use event::{Event, Events, Level, Outcome};
+pub use seed::{Rng, mix64, permute_index};
