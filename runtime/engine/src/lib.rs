@@ -1,1 +1,4 @@
-//! dsv3-engine
+//! engine
+mod diagnostics;
+mod yaml;
+pub use diagnostics::*;
