@@ -1,4 +1,32 @@
-//! General matrix product, C += A·B, under the numerics rule of the crate.
+//! General matrix product, C (+)= A·B, under the numerics rule of the crate.
+//!
+//! k is cut into blocks of [`BLOCK_K`]. Within a block an output is one chain of fused multiply-adds from zero in k order;
+//! block sums are added in order, to C when accumulating. Nothing else touches the bits: tiles over rows and columns,
+//! threads, packing and the instruction set only decide when an output is computed. B is read in panels of
+//! [`PANEL`] columns, packed from whatever encoding it has.
+
+mod kernel;
+mod pack;
+
+use std::ops::Range;
+
+use rayon::prelude::*;
+
+pub(crate) use pack::{Right, transpose_panel};
+
+use crate::isa::Isa;
+use crate::scratch;
+
+/// Length of one chain of fused multiply-adds. Fixed: it is part of the result.
+pub(crate) const BLOCK_K: usize = 128;
+/// Columns of B packed and multiplied together.
+pub(crate) const PANEL: usize = 32;
+/// Panels packed before rows are visited: a 128 KiB second-level working set.
+const GROUP_PANELS: usize = 8;
+/// Rows of A that stay in cache while the panels of a group pass over them.
+const BLOCK_M: usize = 96;
+/// Products below this many multiply-adds stay on the calling thread.
+const SERIAL_MADDS_MAX: usize = 1 << 19;
 
 /// A strided view of an f32 matrix.
 #[derive(Clone, Copy)]
@@ -9,6 +37,37 @@ pub(crate) struct Mat<'a> {
     pub(crate) row_stride: usize,
     /// Distance between columns, in elements.
     pub(crate) col_stride: usize,
+}
+
+impl<'a> Mat<'a> {
+    /// Row-major `[.., cols]`.
+    pub(crate) fn rows(data: &'a [f32], cols: usize) -> Self {
+        Self { data, row_stride: cols, col_stride: 1 }
+    }
+
+    /// The transpose of row-major `[.., cols]`.
+    pub(crate) fn transposed(data: &'a [f32], cols: usize) -> Self {
+        Self { data, row_stride: 1, col_stride: cols }
+    }
+
+    /// Whether element (rows-1, cols-1) exists.
+    fn holds(&self, rows: usize, cols: usize) -> bool {
+        rows == 0 || cols == 0 || (rows - 1) * self.row_stride + (cols - 1) * self.col_stride < self.data.len()
+    }
+}
+
+/// One product of a batch: `c[m, n] (+)= a[m, k] · b[k, n]`.
+pub(crate) struct Product<'a> {
+    pub(crate) m: usize,
+    pub(crate) n: usize,
+    pub(crate) k: usize,
+    pub(crate) a: Mat<'a>,
+    pub(crate) b: &'a dyn Right,
+    /// Row-major with `c_stride` elements between rows.
+    pub(crate) c: &'a mut [f32],
+    pub(crate) c_stride: usize,
+    /// Add to `c` instead of replacing it.
+    pub(crate) accumulate: bool,
 }
 
 /// `c[m, n] (+)= a[m, k] · b[k, n]` in the calling thread. `c` is row-major with `c_stride` elements between rows.
@@ -22,14 +81,159 @@ pub(crate) fn gemm_serial(
     c_stride: usize,
     accumulate: bool,
 ) {
-    for i in 0..m {
-        for j in 0..n {
-            let mut sum = if accumulate { c[i * c_stride + j] } else { 0.0 };
-            for p in 0..k {
-                sum = a.data[i * a.row_stride + p * a.col_stride]
-                    .mul_add(b.data[p * b.row_stride + j * b.col_stride], sum);
+    let mut product = Product { m, n, k, a, b: &b, c, c_stride, accumulate };
+    tile(Isa::best(), &check(&mut product), 0..m, 0..n);
+}
+
+/// As [`gemm_serial`], on the threads of the current rayon pool when the product is worth it.
+pub(crate) fn gemm(
+    m: usize,
+    n: usize,
+    k: usize,
+    a: Mat<'_>,
+    b: Mat<'_>,
+    c: &mut [f32],
+    c_stride: usize,
+    accumulate: bool,
+) {
+    run(Isa::best(), &mut [Product { m, n, k, a, b: &b, c, c_stride, accumulate }]);
+}
+
+/// A product whose sizes were checked, with C as a pointer so that tiles of it can be written from several threads.
+#[derive(Clone, Copy)]
+struct Checked<'a> {
+    k: usize,
+    a: Mat<'a>,
+    b: &'a dyn Right,
+    c: *mut f32,
+    c_stride: usize,
+    accumulate: bool,
+}
+
+// SAFETY: the pointer comes from a `&mut [f32]` borrowed for 'a; `run` gives every thread its own tile of it.
+#[allow(unsafe_code)]
+unsafe impl Send for Checked<'_> {}
+// SAFETY: as above.
+#[allow(unsafe_code)]
+unsafe impl Sync for Checked<'_> {}
+
+fn check<'a>(product: &'a mut Product<'_>) -> Checked<'a> {
+    let Product { m, n, k, a, b, c, c_stride, accumulate } = product;
+    let (m, n) = (*m, *n);
+    assert!(a.holds(m, *k), "gemm: A has too few elements for {m} x {k}");
+    assert!(b.holds(*k, n), "gemm: B has too few elements for {k} x {n}");
+    assert!(m == 0 || n == 0 || (m - 1) * *c_stride + n <= c.len(), "gemm: C has too few elements for {m} x {n}");
+    assert!(m <= 1 || n <= *c_stride, "gemm: rows of C overlap");
+    Checked { k: *k, a: *a, b: *b, c: c.as_mut_ptr(), c_stride: *c_stride, accumulate: *accumulate }
+}
+
+/// Runs independent products, tiles of all of them in parallel.
+pub(crate) fn run(isa: Isa, products: &mut [Product<'_>]) {
+    let cost = |p: &Product<'_>| p.m.max(4) * p.n * p.k;
+    let total: usize = products.iter().map(cost).sum();
+    let threads = rayon::current_num_threads();
+    if threads == 1 || total <= SERIAL_MADDS_MAX {
+        for p in products.iter_mut() {
+            let (m, n) = (p.m, p.n);
+            tile(isa, &check(p), 0..m, 0..n);
+        }
+        return;
+    }
+    let mut tasks = Vec::new();
+    for p in products.iter_mut() {
+        let wanted = (threads * 4 * cost(p)).div_ceil(total).max(1);
+        let (m, n) = (p.m, p.n);
+        let row_parts = wanted.min(m.div_ceil(64)).max(1);
+        let col_parts = wanted.div_ceil(row_parts).min(n.div_ceil(PANEL)).max(1);
+        let rows_each = m.div_ceil(row_parts).next_multiple_of(8);
+        let cols_each = n.div_ceil(col_parts).next_multiple_of(PANEL);
+        let checked = check(p);
+        for row in (0..m).step_by(rows_each) {
+            for col in (0..n).step_by(cols_each) {
+                tasks.push((checked, row..(row + rows_each).min(m), col..(col + cols_each).min(n)));
             }
-            c[i * c_stride + j] = sum;
         }
     }
+    tasks.into_par_iter().with_max_len(1).for_each(|(product, rows, cols)| tile(isa, &product, rows, cols));
 }
+
+/// Computes `c[rows, cols]`. The start of `cols` is a multiple of [`PANEL`].
+#[allow(unsafe_code)]
+fn tile(isa: Isa, p: &Checked<'_>, rows: Range<usize>, cols: Range<usize>) {
+    if p.k == 0 && !p.accumulate {
+        for row in rows.clone() {
+            // SAFETY: `check` proved that C holds every row and column of the product; this tile belongs to this call.
+            unsafe { std::slice::from_raw_parts_mut(p.c.add(row * p.c_stride + cols.start), cols.len()).fill(0.0) };
+        }
+        return;
+    }
+    // A few rows read each panel once, so a panel at a time stays in the first-level cache.
+    let group = if rows.len() <= 2 * kernel::ROWS_MAX { PANEL } else { GROUP_PANELS * PANEL };
+    scratch::with_f32(group * BLOCK_K, |packed_b| {
+        for col in cols.clone().step_by(group) {
+            let group_cols = col..(col + group).min(cols.end);
+            for block in (0..p.k).step_by(BLOCK_K) {
+                let ks = block..(block + BLOCK_K).min(p.k);
+                panels(isa, p, rows.clone(), group_cols.clone(), ks, packed_b);
+            }
+        }
+    });
+}
+
+/// One K block of a group of panels against all rows.
+#[allow(unsafe_code)]
+fn panels(isa: Isa, p: &Checked<'_>, rows: Range<usize>, cols: Range<usize>, ks: Range<usize>, packed_b: &mut [f32]) {
+    let add = p.accumulate || ks.start > 0;
+    let few_rows = rows.len() <= 32;
+    let mut views = [(std::ptr::null::<f32>(), 0usize); GROUP_PANELS];
+    for ((view, out), col) in
+        views.iter_mut().zip(packed_b.chunks_mut(PANEL * BLOCK_K)).zip(cols.clone().step_by(PANEL))
+    {
+        let panel = col..(col + PANEL).min(cols.end);
+        *view = match p.b.in_place(ks.clone(), panel.clone(), few_rows) {
+            Some((data, stride)) => (data.as_ptr(), stride),
+            None => {
+                p.b.pack(isa, ks.clone(), panel, &mut out[..ks.len() * PANEL]);
+                (out.as_ptr(), PANEL)
+            }
+        };
+    }
+    let step = kernel::rows_per_call(isa);
+    let packs_a = p.a.col_stride != 1;
+    let pack_len = if packs_a { BLOCK_M * BLOCK_K } else { 0 };
+    scratch::with_f32(pack_len, |packed_a| {
+        for first in rows.clone().step_by(BLOCK_M) {
+            let block = first..(first + BLOCK_M).min(rows.end);
+            if packs_a {
+                pack::left(p.a, block.clone(), ks.clone(), step, packed_a);
+            }
+            for (view, col) in views.iter().zip(cols.clone().step_by(PANEL)) {
+                for row in block.clone().step_by(step) {
+                    let (a, row_stride, col_stride) = if packs_a {
+                        (packed_a[(row - first) * ks.len()..].as_ptr(), 1, step)
+                    } else {
+                        (p.a.data[row * p.a.row_stride + ks.start..].as_ptr(), p.a.row_stride, 1)
+                    };
+                    let call = kernel::Call {
+                        k: ks.len(),
+                        a,
+                        row_stride,
+                        col_stride,
+                        b: view.0,
+                        b_stride: view.1,
+                        // SAFETY: `check` proved that C holds this element.
+                        c: unsafe { p.c.add(row * p.c_stride + col) },
+                        c_stride: p.c_stride,
+                        add,
+                    };
+                    // SAFETY: A holds the rows and the K block by `check`; the view of B holds `ks.len()` rows of a panel;
+                    // C holds the rows and columns, and no other thread touches this tile.
+                    unsafe { kernel::run(isa, call, step.min(block.end - row), PANEL.min(cols.end - col)) };
+                }
+            }
+        }
+    });
+}
+
+#[cfg(test)]
+mod tests;

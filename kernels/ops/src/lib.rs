@@ -7,12 +7,34 @@
 //! that are added in order, whatever the row count, thread count or instruction set. Reductions over rows use fixed
 //! chunks. So the same inputs give the same bits on any number of threads, alone or in a batch.
 
+mod activation;
+pub mod attention;
+pub mod balance_loss;
+pub mod columns;
 pub mod elementwise;
+pub mod embedding;
+pub mod fp8;
+pub mod gather_rows;
 mod gemm;
+pub mod grouped_linear;
+mod isa;
+pub mod linear;
+pub mod mla_decode;
+pub mod permute;
+pub mod rms_norm;
+pub mod rope;
+pub mod router;
+mod scratch;
+pub mod swiglu;
 mod tape;
 mod tensor;
+#[doc(hidden)]
+pub mod testing;
+pub mod token_logprob;
+mod vector;
 mod weight;
 
+pub use fp8::{Fp8, Fp8Format, Fp8Scales};
 pub use tape::{Back, Grads, Job, Param, ParamId, Tape, Var, VarId, WeightGrads};
 pub use tensor::{CpuBuf, DType, Device, Spans, Tensor};
 pub use weight::{Precision, Weight};

@@ -1,26 +1,357 @@
-//! Weights as products read them: F32, BF16 or block-scaled FP8.
+//! Weights as products read them: F32, BF16 or block-scaled FP8, `[out, in]` or a stack `[experts, out, in]`.
+//!
+//! Two layouts of the same elements. *Rows*: row-major, as checkpoints store them; training uses it. *Panels*, made by
+//! [`Weight::prepack`] for inference: `[experts][⌈out/32⌉][in][32]`, zero past the last output, so that a product of any
+//! height reads each byte once, in order. FP8 scales stay `[.., ⌈out/128⌉, ⌈in/128⌉]` in both.
+//!
+//! Invariant: products, [`Weight::dequantize`] and [`Weight::fp8_parts`] give the same bits in either layout.
 
-use crate::Tensor;
+use std::ops::Range;
+
+use half::bf16;
+
+use crate::fp8::{self, Encoding, Fp8, Fp8Format, Fp8Scales, TILE, Tile};
+use crate::gemm::{PANEL, Right, transpose_panel};
+use crate::isa::{Isa, simd_fn};
+use crate::{DType, Tensor, scratch};
 
 /// How a weight is stored and its products taken.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, Hash, Default, serde::Serialize, serde::Deserialize, schemars::JsonSchema,
+)]
+#[serde(rename_all = "lowercase", deny_unknown_fields)]
 pub enum Precision {
     /// Plain f32.
     #[default]
     F32,
     /// Operands rounded to BF16, product in f32.
     Bf16,
+    /// Operands in block-scaled FP8, product of the dequantised values in f32.
+    Fp8 {
+        /// Format of weights, activations and gradients.
+        #[serde(default)]
+        format: Fp8Format,
+        /// Representation of the scales.
+        #[serde(default)]
+        scales: Fp8Scales,
+    },
 }
 
-/// An encoded weight, `[out, in]` or `[experts, out, in]`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Layout {
+    Rows,
+    Panels,
+}
+
+/// An encoded weight, `[out, in]` or `[experts, out, in]`; a vector has precision F32 or BF16. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Weight {
-    plain: Tensor,
+    shape: Vec<usize>,
+    precision: Precision,
+    layout: Layout,
+    /// F32, Bf16, or U8 codes, by precision; flat in the panel layout.
+    elements: Tensor,
+    /// F32 scales of FP8 codes, `[.., ⌈out/128⌉, ⌈in/128⌉]`.
+    scales: Option<Tensor>,
 }
 
 impl Weight {
+    /// Encodes an F32 master of any shape (FP8: two dimensions or more).
+    ///
+    /// # Panics
+    /// When the master is not F32, or is a vector and the precision FP8.
+    pub fn encode(master: &Tensor, precision: &Precision) -> Self {
+        match *precision {
+            Precision::F32 => Self::from_plain(master.clone()),
+            Precision::Bf16 => Self::from_plain(master.to_bf16()),
+            Precision::Fp8 { format, scales } => {
+                let Fp8 { codes, scales: factors, .. } = Fp8::quantize_blocks(master, format.forward(), scales);
+                Self { precision: *precision, scales: Some(factors), ..Self::rows(codes) }
+            }
+        }
+    }
+
+    /// An FP8 weight as checkpoints hold it: E4M3 codes `[.., out, in]` (U8) and F32 scales `[.., ⌈out/128⌉, ⌈in/128⌉]`
+    /// (what `weight_scale_inv` holds) that multiply them.
+    ///
+    /// # Panics
+    /// When the shapes do not fit each other.
+    pub fn from_fp8(codes: Tensor, scales: Tensor) -> Self {
+        let shape = codes.shape();
+        assert!(codes.dtype() == DType::U8 && shape.len() >= 2, "FP8 codes must be a U8 matrix, not {shape:?}");
+        let mut expected = shape.to_vec();
+        for size in expected.iter_mut().rev().take(2) {
+            *size = size.div_ceil(TILE);
+        }
+        assert_eq!(scales.shape(), expected, "scales of FP8 codes of shape {shape:?}");
+        let precision = Precision::Fp8 { format: Fp8Format::E4m3, scales: Fp8Scales::F32 };
+        Self { precision, scales: Some(scales), ..Self::rows(codes) }
+    }
+
+    /// A weight whose elements are F32 or BF16 already.
+    ///
+    /// # Panics
+    /// On another dtype.
+    pub fn from_plain(elements: Tensor) -> Self {
+        let precision = match elements.dtype() {
+            DType::F32 => Precision::F32,
+            DType::Bf16 => Precision::Bf16,
+            other => panic!("a plain weight is F32 or BF16, not {other:?}"),
+        };
+        Self { precision, ..Self::rows(elements) }
+    }
+
+    fn rows(elements: Tensor) -> Self {
+        let shape = elements.shape().to_vec();
+        Self { shape, precision: Precision::F32, layout: Layout::Rows, elements, scales: None }
+    }
+
     /// Shape, `[.., out, in]`.
     pub fn shape(&self) -> &[usize] {
-        self.plain.shape()
+        &self.shape
+    }
+
+    /// How products with it are taken. FP8 from a checkpoint reads as E4M3 with F32 scales.
+    pub fn precision(&self) -> Precision {
+        self.precision
+    }
+
+    /// Resident bytes of elements and scales.
+    pub fn bytes(&self) -> usize {
+        self.elements.bytes() + self.scales.as_ref().map_or(0, Tensor::bytes)
+    }
+
+    /// Outputs of one matrix (1 for a vector).
+    pub(crate) fn outputs(&self) -> usize {
+        self.shape.iter().rev().nth(1).copied().unwrap_or(1)
+    }
+
+    /// Inputs of one matrix.
+    pub(crate) fn inputs(&self) -> usize {
+        self.shape.last().copied().unwrap_or(1)
+    }
+
+    /// Matrices in the stack.
+    pub(crate) fn count(&self) -> usize {
+        self.shape.iter().rev().skip(2).product()
+    }
+
+    fn encoding(&self) -> Encoding {
+        match self.precision {
+            Precision::Fp8 { format, .. } => format.forward(),
+            _ => Encoding::E4m3,
+        }
+    }
+
+    /// The elements of an F32 weight, row-major.
+    ///
+    /// # Panics
+    /// When the weight is encoded otherwise or prepacked.
+    pub fn plain(&self) -> &[f32] {
+        assert!(self.layout == Layout::Rows, "a prepacked weight has no plain elements");
+        self.elements.as_f32()
+    }
+
+    /// The values products use, F32, row-major.
+    pub fn dequantize(&self) -> Tensor {
+        match (self.precision, self.rows_elements()) {
+            (Precision::Fp8 { .. }, codes) => {
+                let scales = self.scales.clone().unwrap_or_else(|| Tensor::zeros(&[0]));
+                let offsets = std::sync::Arc::new([]);
+                Fp8 { codes, scales, tile: Tile::Block128, encoding: self.encoding(), offsets }.dequantize()
+            }
+            (_, plain) => plain.to_f32(),
+        }
+    }
+
+    /// Row-major codes `[.., out, in]` and scales of an FP8 weight, as a checkpoint stores them.
+    pub fn fp8_parts(&self) -> Option<(Tensor, Tensor)> {
+        self.scales.as_ref().map(|scales| (self.rows_elements(), scales.clone()))
+    }
+
+    /// Rows `indices` of a matrix `[rows, cols]`, F32 `[indices.len(), cols]`: an embedding lookup.
+    ///
+    /// # Panics
+    /// When the weight is not a matrix in row layout or an index is outside it.
+    pub fn gather_rows(&self, indices: &[u32]) -> Tensor {
+        assert!(self.layout == Layout::Rows && self.shape.len() == 2, "rows are gathered from a matrix in row layout");
+        let cols = self.inputs();
+        let mut out = vec![0.0; indices.len() * cols];
+        for (row, out) in indices.iter().zip(out.chunks_mut(cols.max(1))) {
+            let row = *row as usize;
+            assert!(row < self.shape[0], "row {row} of a weight of shape {:?}", self.shape);
+            for col in (0..cols).step_by(TILE) {
+                let end = (col + TILE).min(cols);
+                self.decode(Isa::best(), 0, row, col, row * cols + col, &mut out[col..end]);
+            }
+        }
+        Tensor::f32(&[indices.len(), cols], out)
+    }
+
+    /// The same weight in the panel layout, for inference.
+    ///
+    /// # Panics
+    /// When the weight is a vector.
+    pub fn prepack(&self) -> Self {
+        if self.layout == Layout::Panels {
+            return self.clone();
+        }
+        assert!(self.shape.len() >= 2, "only matrices are prepacked");
+        let (count, n, k) = (self.count(), self.outputs(), self.inputs());
+        let len = count * n.next_multiple_of(PANEL) * k;
+        let elements = match self.elements.dtype() {
+            DType::F32 => Tensor::f32(&[len], to_panels(self.elements.as_f32(), n, k, len)),
+            DType::Bf16 => Tensor::bf16(&[len], to_panels(self.elements.as_bf16(), n, k, len)),
+            _ => Tensor::u8(&[len], to_panels(self.elements.as_u8(), n, k, len)),
+        };
+        Self { layout: Layout::Panels, elements, ..self.clone() }
+    }
+
+    /// The elements in row layout.
+    fn rows_elements(&self) -> Tensor {
+        if self.layout == Layout::Rows {
+            return self.elements.clone();
+        }
+        let (n, k) = (self.outputs(), self.inputs());
+        match self.elements.dtype() {
+            DType::F32 => Tensor::f32(&self.shape, from_panels(self.elements.as_f32(), n, k)),
+            DType::Bf16 => Tensor::bf16(&self.shape, from_panels(self.elements.as_bf16(), n, k)),
+            _ => Tensor::u8(&self.shape, from_panels(self.elements.as_u8(), n, k)),
+        }
+    }
+
+    /// Decodes `out.len()` elements from flat index `at`, all under the scale of element (`row`, `col`) of matrix `matrix`.
+    fn decode(&self, isa: Isa, matrix: usize, row: usize, col: usize, at: usize, out: &mut [f32]) {
+        match self.elements.dtype() {
+            DType::F32 => out.copy_from_slice(&self.elements.as_f32()[at..at + out.len()]),
+            DType::Bf16 => widen(isa, &self.elements.as_bf16()[at..at + out.len()], out),
+            _ => {
+                let across = self.inputs().div_ceil(TILE);
+                let down = self.outputs().div_ceil(TILE);
+                let scales = self.scales.as_ref().map_or(&[][..], Tensor::as_f32);
+                let scale = scales[(matrix * down + row / TILE) * across + col / TILE];
+                fp8::decode_run(isa, &self.elements.as_u8()[at..at + out.len()], self.encoding(), scale, out);
+            }
+        }
+    }
+}
+
+fn to_panels<T: Copy + Default>(rows: &[T], n: usize, k: usize, len: usize) -> Vec<T> {
+    let mut out = vec![T::default(); len];
+    let stack = n.next_multiple_of(PANEL) * k;
+    for (matrix, out) in rows.chunks(n * k).zip(out.chunks_mut(stack)) {
+        for (j, row) in matrix.chunks(k).enumerate() {
+            let panel = &mut out[j / PANEL * PANEL * k..];
+            for (p, x) in row.iter().enumerate() {
+                panel[p * PANEL + j % PANEL] = *x;
+            }
+        }
+    }
+    out
+}
+
+fn from_panels<T: Copy>(panels: &[T], n: usize, k: usize) -> Vec<T> {
+    let mut out = Vec::with_capacity(panels.len());
+    for matrix in panels.chunks(n.next_multiple_of(PANEL) * k) {
+        for j in 0..n {
+            let panel = &matrix[j / PANEL * PANEL * k..];
+            out.extend((0..k).map(|p| panel[p * PANEL + j % PANEL]));
+        }
+    }
+    out
+}
+
+simd_fn! {
+    /// BF16 to f32.
+    pub(crate) fn widen(x: &[bf16], out: &mut [f32]) {
+        for (o, x) in out.iter_mut().zip(x) {
+            *o = f32::from_bits(u32::from(x.to_bits()) << 16);
+        }
+    }
+}
+
+/// One matrix of a weight as the right operand of a product.
+#[derive(Clone, Copy)]
+pub(crate) struct Operand<'a> {
+    weight: &'a Weight,
+    matrix: usize,
+    /// k runs over inputs (y = x·wᵀ) or, in the input gradient, over outputs (dx = dy·w).
+    transposed: bool,
+}
+
+impl<'a> Operand<'a> {
+    /// Matrix `matrix` transposed: k runs over its inputs.
+    pub(crate) fn forward(weight: &'a Weight, matrix: usize) -> Self {
+        Self { weight, matrix, transposed: true }
+    }
+
+    /// Matrix `matrix` as it is: k runs over its outputs.
+    pub(crate) fn backward(weight: &'a Weight, matrix: usize) -> Self {
+        Self { weight, matrix, transposed: false }
+    }
+
+    /// Panel layout against its grain: k over outputs.
+    fn pack_across(&self, isa: Isa, ks: Range<usize>, cols: Range<usize>, out: &mut [f32]) {
+        let k = self.weight.inputs();
+        let stack = self.weight.outputs().next_multiple_of(PANEL) * k;
+        for (row, out) in ks.zip(out.chunks_exact_mut(PANEL)) {
+            out.fill(0.0);
+            for (col, out) in cols.clone().zip(out) {
+                let at = self.matrix * stack + row / PANEL * PANEL * k + col * PANEL + row % PANEL;
+                self.weight.decode(isa, self.matrix, row, col, at, std::slice::from_mut(out));
+            }
+        }
+    }
+}
+
+impl Right for Operand<'_> {
+    fn holds(&self, k: usize, n: usize) -> bool {
+        let (outputs, inputs) = (self.weight.outputs(), self.weight.inputs());
+        self.matrix < self.weight.count()
+            && (k, n) == if self.transposed { (inputs, outputs) } else { (outputs, inputs) }
+    }
+
+    fn in_place(&self, ks: Range<usize>, cols: Range<usize>, _once: bool) -> Option<(&[f32], usize)> {
+        let weight = self.weight;
+        if weight.precision != Precision::F32 || weight.layout != Layout::Panels || !self.transposed {
+            return None;
+        }
+        let k = weight.inputs();
+        let start = (self.matrix * weight.outputs().next_multiple_of(PANEL) + cols.start) * k;
+        Some((&weight.elements.as_f32()[start + ks.start * PANEL..start + ks.end * PANEL], PANEL))
+    }
+
+    fn pack(&self, isa: Isa, ks: Range<usize>, cols: Range<usize>, out: &mut [f32]) {
+        let (weight, matrix) = (self.weight, self.matrix);
+        let (n, k) = (weight.outputs(), weight.inputs());
+        match (weight.layout, self.transposed) {
+            (Layout::Panels, true) => {
+                let start = (matrix * n.next_multiple_of(PANEL) + cols.start) * k + ks.start * PANEL;
+                weight.decode(isa, matrix, cols.start, ks.start, start, out);
+            }
+            (Layout::Panels, false) => self.pack_across(isa, ks, cols, out),
+            (Layout::Rows, true) => {
+                let len = ks.len();
+                let start = (matrix * n + cols.start) * k + ks.start;
+                if weight.elements.dtype() == DType::F32 {
+                    let source = &weight.elements.as_f32()[start..];
+                    return transpose_panel(isa, source, k, cols.len(), len, out);
+                }
+                scratch::with_f32(cols.len() * len, |rows| {
+                    for (j, row) in rows.chunks_exact_mut(len).enumerate() {
+                        weight.decode(isa, matrix, cols.start + j, ks.start, start + j * k, row);
+                    }
+                    transpose_panel(isa, rows, len, cols.len(), len, out);
+                });
+            }
+            (Layout::Rows, false) => {
+                for (row, out) in ks.zip(out.chunks_exact_mut(PANEL)) {
+                    let at = (matrix * n + row) * k + cols.start;
+                    let (here, rest) = out.split_at_mut(cols.len());
+                    weight.decode(isa, matrix, row, cols.start, at, here);
+                    rest.fill(0.0);
+                }
+            }
+        }
     }
 }

@@ -1,0 +1,257 @@
+//! The micro-kernel: a few rows of A against one panel of B, in registers.
+//!
+//! Every output is one chain `acc = fma(a, b, acc)` from zero over the K block, then stored or added to C. Lanes are
+//! different columns, so a vector width never changes a sum.
+
+#![allow(unsafe_code)]
+
+use super::PANEL;
+use crate::isa::{Isa, Kind};
+
+/// Most rows any kernel takes at once.
+pub(super) const ROWS_MAX: usize = 8;
+
+/// Operands of one call.
+#[derive(Clone, Copy)]
+pub(super) struct Call {
+    /// Length of the K block.
+    pub(super) k: usize,
+    /// Element (i, p) is `a[i * row_stride + p * col_stride]`.
+    pub(super) a: *const f32,
+    pub(super) row_stride: usize,
+    pub(super) col_stride: usize,
+    /// Element (p, j) is `b[p * b_stride + j]`, j below 32.
+    pub(super) b: *const f32,
+    pub(super) b_stride: usize,
+    /// Element (i, j) is `c[i * c_stride + j]`.
+    pub(super) c: *mut f32,
+    pub(super) c_stride: usize,
+    /// Add the block's sum to C instead of storing it.
+    pub(super) add: bool,
+}
+
+/// Rows the kernel of `isa` wants at once.
+pub(super) fn rows_per_call(isa: Isa) -> usize {
+    match isa.kind() {
+        #[cfg(target_arch = "x86_64")]
+        Kind::Avx512 => 8,
+        #[cfg(target_arch = "x86_64")]
+        Kind::Avx2 => 6,
+        Kind::Portable => 4,
+    }
+}
+
+/// Multiplies `rows` rows (at most [`rows_per_call`]) by `cols` columns (at most a panel).
+///
+/// # Safety
+/// The elements of A and C named by the sizes must be valid, and `call.k` rows of 32 elements of B; nobody else may
+/// touch those of C.
+pub(super) unsafe fn run(isa: Isa, call: Call, rows: usize, cols: usize) {
+    if cols == PANEL {
+        // SAFETY: passed on.
+        return unsafe { full(isa, call, rows) };
+    }
+    let mut edge = [0f32; ROWS_MAX * PANEL];
+    // SAFETY: `edge` holds 8 rows of a panel; A and B are as the caller promised.
+    unsafe { full(isa, Call { c: edge.as_mut_ptr(), c_stride: PANEL, add: false, ..call }, rows) };
+    for i in 0..rows {
+        for j in 0..cols {
+            // SAFETY: within the rows and columns of C that the caller promised.
+            let c = unsafe { &mut *call.c.add(i * call.c_stride + j) };
+            *c = if call.add { *c + edge[i * PANEL + j] } else { edge[i * PANEL + j] };
+        }
+    }
+}
+
+unsafe fn full(isa: Isa, call: Call, rows: usize) {
+    // SAFETY: an `Isa` exists only where its features were detected; operands are as the caller of `run` promised.
+    unsafe {
+        match isa.kind() {
+            #[cfg(target_arch = "x86_64")]
+            Kind::Avx512 => wide(call, rows),
+            #[cfg(target_arch = "x86_64")]
+            Kind::Avx2 => narrow(call, rows),
+            Kind::Portable => portable(call, rows),
+        }
+    }
+}
+
+/// A vector of f32.
+trait Lanes: Copy {
+    const COUNT: usize;
+    unsafe fn zero() -> Self;
+    unsafe fn splat(x: f32) -> Self;
+    unsafe fn load(p: *const f32) -> Self;
+    unsafe fn store(self, p: *mut f32);
+    unsafe fn add(self, other: Self) -> Self;
+    /// `self * b + acc`, rounded once.
+    unsafe fn fma(self, b: Self, acc: Self) -> Self;
+}
+
+/// `R` rows by one panel, `V` vectors at a time.
+#[inline(always)]
+unsafe fn block<L: Lanes, const R: usize, const V: usize>(call: Call) {
+    let mut col = 0;
+    while col < PANEL {
+        // SAFETY: rows below R and columns below 32, as the caller of `run` promised.
+        unsafe {
+            let mut acc = [[L::zero(); V]; R];
+            let (mut a, mut b) = (call.a, call.b.add(col));
+            for _ in 0..call.k {
+                let mut bs = [L::zero(); V];
+                for v in 0..V {
+                    bs[v] = L::load(b.add(v * L::COUNT));
+                }
+                for r in 0..R {
+                    let x = L::splat(*a.add(r * call.row_stride));
+                    for v in 0..V {
+                        acc[r][v] = x.fma(bs[v], acc[r][v]);
+                    }
+                }
+                a = a.wrapping_add(call.col_stride);
+                b = b.wrapping_add(call.b_stride);
+            }
+            for r in 0..R {
+                for v in 0..V {
+                    let c = call.c.add(r * call.c_stride + col + v * L::COUNT);
+                    let sum = if call.add { L::load(c).add(acc[r][v]) } else { acc[r][v] };
+                    sum.store(c);
+                }
+            }
+        }
+        col += V * L::COUNT;
+    }
+}
+
+macro_rules! by_rows {
+    ($lanes:ty, $vectors:literal, $call:ident, $rows:ident, $($r:literal),*) => {
+        match $rows {
+            // SAFETY: the caller's promise for `rows` rows.
+            $($r => unsafe { block::<$lanes, $r, $vectors>($call) },)*
+            _ => unreachable!("the driver never asks for {} rows", $rows),
+        }
+    };
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
+unsafe fn wide(call: Call, rows: usize) {
+    by_rows!(x86::Zmm, 2, call, rows, 1, 2, 3, 4, 5, 6, 7, 8)
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma")]
+unsafe fn narrow(call: Call, rows: usize) {
+    by_rows!(x86::Ymm, 2, call, rows, 1, 2, 3, 4, 5, 6)
+}
+
+unsafe fn portable(call: Call, rows: usize) {
+    by_rows!(Four, 2, call, rows, 1, 2, 3, 4)
+}
+
+/// Four lanes in plain Rust.
+#[derive(Clone, Copy)]
+struct Four([f32; 4]);
+
+impl Lanes for Four {
+    const COUNT: usize = 4;
+    #[inline(always)]
+    unsafe fn zero() -> Self {
+        Self([0.0; 4])
+    }
+    #[inline(always)]
+    unsafe fn splat(x: f32) -> Self {
+        Self([x; 4])
+    }
+    #[inline(always)]
+    unsafe fn load(p: *const f32) -> Self {
+        // SAFETY: the caller promises four elements; unaligned is allowed.
+        Self(unsafe { p.cast::<[f32; 4]>().read_unaligned() })
+    }
+    #[inline(always)]
+    unsafe fn store(self, p: *mut f32) {
+        // SAFETY: as for `load`.
+        unsafe { p.cast::<[f32; 4]>().write_unaligned(self.0) }
+    }
+    #[inline(always)]
+    unsafe fn add(self, other: Self) -> Self {
+        Self(std::array::from_fn(|i| self.0[i] + other.0[i]))
+    }
+    #[inline(always)]
+    unsafe fn fma(self, b: Self, acc: Self) -> Self {
+        Self(std::array::from_fn(|i| self.0[i].mul_add(b.0[i], acc.0[i])))
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    //! Vectors of the x86 kernels. SAFETY of every method: only called from functions compiled for its features.
+
+    use std::arch::x86_64::*;
+
+    use super::Lanes;
+
+    #[derive(Clone, Copy)]
+    pub(super) struct Zmm(__m512);
+    #[derive(Clone, Copy)]
+    pub(super) struct Ymm(__m256);
+
+    macro_rules! lanes {
+        ($name:ident, $count:literal, $zero:ident, $splat:ident, $load:ident, $store:ident, $add:ident, $fma:ident) => {
+            impl Lanes for $name {
+                const COUNT: usize = $count;
+                #[inline(always)]
+                unsafe fn zero() -> Self {
+                    // SAFETY: see the module.
+                    Self(unsafe { $zero() })
+                }
+                #[inline(always)]
+                unsafe fn splat(x: f32) -> Self {
+                    // SAFETY: see the module.
+                    Self(unsafe { $splat(x) })
+                }
+                #[inline(always)]
+                unsafe fn load(p: *const f32) -> Self {
+                    // SAFETY: see the module; the caller promises the elements.
+                    Self(unsafe { $load(p) })
+                }
+                #[inline(always)]
+                unsafe fn store(self, p: *mut f32) {
+                    // SAFETY: see the module; the caller promises the elements.
+                    unsafe { $store(p, self.0) }
+                }
+                #[inline(always)]
+                unsafe fn add(self, other: Self) -> Self {
+                    // SAFETY: see the module.
+                    Self(unsafe { $add(self.0, other.0) })
+                }
+                #[inline(always)]
+                unsafe fn fma(self, b: Self, acc: Self) -> Self {
+                    // SAFETY: see the module.
+                    Self(unsafe { $fma(self.0, b.0, acc.0) })
+                }
+            }
+        };
+    }
+
+    lanes!(
+        Zmm,
+        16,
+        _mm512_setzero_ps,
+        _mm512_set1_ps,
+        _mm512_loadu_ps,
+        _mm512_storeu_ps,
+        _mm512_add_ps,
+        _mm512_fmadd_ps
+    );
+    lanes!(
+        Ymm,
+        8,
+        _mm256_setzero_ps,
+        _mm256_set1_ps,
+        _mm256_loadu_ps,
+        _mm256_storeu_ps,
+        _mm256_add_ps,
+        _mm256_fmadd_ps
+    );
+}

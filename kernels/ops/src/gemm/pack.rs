@@ -1,0 +1,97 @@
+//! Packing: what the micro-kernel reads, from matrices as they lie.
+//!
+//! A panel of B is `[k][32]`, zero past the last column. A block of A whose rows are not contiguous along k is packed as
+//! `[rows / step][k][step]`, zero past the last row.
+
+use std::ops::Range;
+
+use super::{Mat, PANEL};
+use crate::isa::{Isa, simd_fn};
+
+/// The right operand of a product, `[k, n]`, in any encoding.
+pub(crate) trait Right: Sync {
+    /// Whether it has `k` rows and `n` columns.
+    fn holds(&self, k: usize, n: usize) -> bool;
+
+    /// The panel where it lies, with the distance between its rows, if the kernel can read it there: a full panel of
+    /// f32 contiguous along n. `once` says that only few rows of A will read it.
+    fn in_place(&self, ks: Range<usize>, cols: Range<usize>, once: bool) -> Option<(&[f32], usize)>;
+
+    /// Writes rows `ks` (within one K block) of columns `cols` (at most a panel, starting at one) to `out`
+    /// `[ks.len()][32]`.
+    fn pack(&self, isa: Isa, ks: Range<usize>, cols: Range<usize>, out: &mut [f32]);
+}
+
+impl Right for Mat<'_> {
+    fn holds(&self, k: usize, n: usize) -> bool {
+        Mat::holds(self, k, n)
+    }
+
+    fn in_place(&self, ks: Range<usize>, cols: Range<usize>, once: bool) -> Option<(&[f32], usize)> {
+        // Far-apart rows collide in the first-level cache, so a panel read many times is better packed.
+        if self.col_stride != 1 || cols.len() != PANEL || !(once || self.row_stride <= PANEL) {
+            return None;
+        }
+        let start = ks.start * self.row_stride + cols.start;
+        let len = (ks.len() - 1) * self.row_stride + PANEL;
+        Some((&self.data[start..start + len], self.row_stride))
+    }
+
+    fn pack(&self, isa: Isa, ks: Range<usize>, cols: Range<usize>, out: &mut [f32]) {
+        let width = cols.len();
+        if self.col_stride == 1 {
+            for (k, out) in ks.zip(out.chunks_exact_mut(PANEL)) {
+                let start = k * self.row_stride + cols.start;
+                out[..width].copy_from_slice(&self.data[start..start + width]);
+                out[width..].fill(0.0);
+            }
+        } else if self.row_stride == 1 {
+            let start = cols.start * self.col_stride + ks.start;
+            transpose_panel(isa, &self.data[start..], self.col_stride, width, ks.len(), out);
+        } else {
+            for (k, out) in ks.zip(out.chunks_exact_mut(PANEL)) {
+                for (j, out) in out.iter_mut().enumerate() {
+                    *out = if j < width {
+                        self.data[k * self.row_stride + (cols.start + j) * self.col_stride]
+                    } else {
+                        0.0
+                    };
+                }
+            }
+        }
+    }
+}
+
+simd_fn! {
+    /// `out[k][j] = source[j * stride + k]` for `width` columns j and `len` rows k; zero for j from `width` to 32.
+    pub(crate) fn transpose_panel(source: &[f32], stride: usize, width: usize, len: usize, out: &mut [f32]) {
+        for j in 0..width {
+            let source = &source[j * stride..j * stride + len];
+            for (k, x) in source.iter().enumerate() {
+                out[k * PANEL + j] = *x;
+            }
+        }
+        for row in out.chunks_exact_mut(PANEL) {
+            row[width..].fill(0.0);
+        }
+    }
+}
+
+/// Packs rows `rows` and columns `ks` of `a`.
+pub(super) fn left(a: Mat<'_>, rows: Range<usize>, ks: Range<usize>, step: usize, out: &mut [f32]) {
+    let len = ks.len();
+    for (first, out) in rows.clone().step_by(step).zip(out.chunks_mut(step * len)) {
+        let width = step.min(rows.end - first);
+        for (k, out) in ks.clone().zip(out.chunks_exact_mut(step)) {
+            let start = first * a.row_stride + k * a.col_stride;
+            if a.row_stride == 1 {
+                out[..width].copy_from_slice(&a.data[start..start + width]);
+            } else {
+                for (i, out) in out[..width].iter_mut().enumerate() {
+                    *out = a.data[start + i * a.row_stride];
+                }
+            }
+            out[width..].fill(0.0);
+        }
+    }
+}
