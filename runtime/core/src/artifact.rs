@@ -136,7 +136,7 @@ impl Manifest {
     /// Canonical bytes, whose digest is the artifact's identity.
     pub fn to_bytes(&self) -> Vec<u8> {
         // A map with text keys and plain values always serialises.
-        serde_json::to_vec(self).unwrap_or_default()
+        crate::canonical_json(&serde_json::to_value(self).unwrap_or_default()).into_bytes()
     }
 
     /// Sum of the file lengths.

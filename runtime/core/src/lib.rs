@@ -4,16 +4,22 @@
 
 mod artifact;
 mod cancel;
+mod canonical;
 mod clock;
 mod digest;
 mod error;
 mod event;
+mod figure;
+mod ids;
 mod seed;
 
 pub use artifact::{Artifact, ArtifactRef, FileEntry, Kind, Manifest, kinds};
 pub use cancel::Cancel;
+pub use canonical::{canonical_json, json_digest};
 pub use clock::{Clock, SystemClock, VirtualClock};
 pub use digest::{Digest, ParseDigestError};
 pub use error::{Error, ErrorKind};
 pub use event::{Event, Events, Level, Outcome};
+pub use figure::{Bound, Figure};
+pub use ids::run_id;
 pub use seed::{Rng, mix64, permute_index};

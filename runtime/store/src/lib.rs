@@ -1,1 +1,35 @@
-//! dsv3-store
+//! What a run leaves behind, on a local disk or an object store.
+//!
+//! ```text
+//! blobs/<digest>                        content, immutable, named by its BLAKE3 digest
+//! stages/<key>/checkpoints/<seq>.json   a checkpoint or a fence
+//! stages/<key>/leases/<epoch>.json      who runs the stage; <epoch>.beat its heartbeat, <epoch>.end its release
+//! stages/<key>/result.json              the finished stage
+//! runs/<id>/plan.json                   the resolved plan; status/<n>.json, events/<segment>.jsonl
+//! ```
+//!
+//! Invariants: every commit is a conditional create of a whole object; nothing is renamed and nothing is chosen by
+//! modification time; a reader trusts bytes only after their digest verifies. So `kill -9` at any moment loses nothing
+//! that was committed, and of two writers exactly one wins.
+
+pub mod blocking;
+
+mod blobs;
+mod checkpoints;
+mod error;
+mod host;
+mod lease;
+mod local;
+mod object;
+mod record;
+mod result;
+mod runs;
+
+pub use blobs::Sources;
+pub use checkpoints::{Checkpoint, FoundCheckpoint};
+pub use error::{Result, StoreError};
+pub use host::{Holder, nonce};
+pub use lease::{Lease, LeaseOptions};
+pub use object::{Create, Store};
+pub use result::{OutputEntry, StageResult};
+pub use runs::{EventLog, RunStatus};

@@ -1,0 +1,310 @@
+//! Content-addressed blobs: `blobs/<digest>`, hashed while they are written and again before they are trusted.
+
+use std::{
+    collections::BTreeMap,
+    fs::File,
+    io::{self, Read, Write},
+    path::{Path, PathBuf},
+};
+
+use bytes::Bytes;
+use dsv3_core::{Digest, FileEntry};
+use futures::StreamExt;
+use object_store::{ObjectStoreExt, WriteMultipart};
+
+use crate::{
+    Store,
+    error::{Result, StoreError},
+    local,
+};
+
+/// External input files: where the content of a digest lies outside the store, as an absolute path or a URI.
+pub type Sources = BTreeMap<Digest, String>;
+
+/// Buffer of streamed hashing and copying.
+const CHUNK_BYTES: usize = 1 << 20;
+/// From this length on a blob goes to a cloud store in parts.
+const MULTIPART_BYTES: u64 = 64 << 20;
+
+pub(crate) fn blob_path(digest: Digest) -> String {
+    format!("blobs/{digest}")
+}
+
+/// Copies `from` into `to` and answers digest and length of what passed.
+fn copy_hashed(from: &mut impl Read, to: &mut impl Write) -> io::Result<(Digest, u64)> {
+    let mut hasher = blake3::Hasher::new();
+    let mut chunk = vec![0; CHUNK_BYTES];
+    let mut bytes = 0;
+    loop {
+        let n = match from.read(&mut chunk) {
+            Ok(0) => return Ok((Digest::from_bytes(*hasher.finalize().as_bytes()), bytes)),
+            Ok(n) => n,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            Err(error) => return Err(error),
+        };
+        hasher.update(&chunk[..n]);
+        to.write_all(&chunk[..n])?;
+        bytes += n as u64;
+    }
+}
+
+/// Digest and length of a local file.
+pub(crate) async fn hash_file(path: &Path) -> Result<(Digest, u64)> {
+    let file = path.to_owned();
+    let hash = move || copy_hashed(&mut File::open(file)?, &mut io::sink());
+    tokio::task::spawn_blocking(hash).await?.map_err(StoreError::io("read", path))
+}
+
+impl Store {
+    /// Stores `bytes`; durable when this returns. A blob that is already there is kept when it is intact and replaced
+    /// when it is not.
+    pub async fn put_blob(&self, bytes: Bytes) -> Result<Digest> {
+        let hashed = bytes.clone();
+        let digest = tokio::task::spawn_blocking(move || Digest::of(&hashed)).await?;
+        if self.keep_existing(digest, bytes.len() as u64).await? {
+            return Ok(digest);
+        }
+        if self.local_root().is_none() && bytes.len() as u64 >= MULTIPART_BYTES {
+            let location = self.location(&blob_path(digest))?;
+            let error = |error| StoreError::object("create", &self.display_path(&blob_path(digest)), error);
+            let upload = self.objects().put_multipart(&location).await.map_err(error)?;
+            let mut upload = WriteMultipart::new(upload);
+            for start in (0..bytes.len()).step_by(CHUNK_BYTES) {
+                upload.wait_for_capacity(8).await.map_err(error)?;
+                upload.put(bytes.slice(start..bytes.len().min(start + CHUNK_BYTES)));
+            }
+            upload.finish().await.map_err(error)?;
+        } else {
+            // Another writer of the same digest wrote the same bytes.
+            self.create(&blob_path(digest), bytes).await?;
+        }
+        Ok(digest)
+    }
+
+    /// Stores the content of a local file, in constant memory.
+    pub async fn put_blob_file(&self, path: &Path) -> Result<(Digest, u64)> {
+        let Some(root) = self.local_root().map(Path::to_owned) else {
+            let (digest, bytes) = hash_file(path).await?;
+            if !self.keep_existing(digest, bytes).await? {
+                self.upload_file(path, digest).await?;
+            }
+            return Ok((digest, bytes));
+        };
+        let file = path.to_owned();
+        let copy = move || {
+            let mut copied = None;
+            let staged = local::stage(&root, |to| {
+                copied = Some(copy_hashed(&mut File::open(&file)?, to)?);
+                Ok(())
+            })?;
+            Ok((root, staged, copied.ok_or(io::ErrorKind::UnexpectedEof)?))
+        };
+        let error = StoreError::io("store", path);
+        let (root, staged, (digest, bytes)) = tokio::task::spawn_blocking(copy).await?.map_err(error)?;
+        if !self.keep_existing(digest, bytes).await? {
+            let target = blob_path(digest);
+            let error = StoreError::io("create", self.display_path(&target));
+            tokio::task::spawn_blocking(move || local::link(&root, &staged, &target)).await?.map_err(error)?;
+        }
+        Ok((digest, bytes))
+    }
+
+    async fn upload_file(&self, path: &Path, digest: Digest) -> Result<()> {
+        let location = self.location(&blob_path(digest))?;
+        let error = |error| StoreError::object("create", &self.display_path(&blob_path(digest)), error);
+        let mut upload = WriteMultipart::new(self.objects().put_multipart(&location).await.map_err(error)?);
+        let mut file = tokio::fs::File::open(path).await.map_err(StoreError::io("read", path))?;
+        let mut chunk = vec![0; CHUNK_BYTES];
+        loop {
+            let n = tokio::io::AsyncReadExt::read(&mut file, &mut chunk).await.map_err(StoreError::io("read", path))?;
+            if n == 0 {
+                break;
+            }
+            upload.wait_for_capacity(8).await.map_err(error)?;
+            upload.write(&chunk[..n]);
+        }
+        upload.finish().await.map(drop).map_err(error)
+    }
+
+    /// Whether a good blob is there already. One that is not good is removed, so that the caller can write it.
+    async fn keep_existing(&self, digest: Digest, bytes: u64) -> Result<bool> {
+        let path = blob_path(digest);
+        let Some(found) = self.length(&path).await? else {
+            return Ok(false);
+        };
+        let intact = match self.local_blob(digest) {
+            _ if found != bytes => false,
+            Some(file) => hash_file(&file).await?.0 == digest,
+            None => true,
+        };
+        if !intact {
+            tracing::warn!(path = self.display_path(&path), "replacing a damaged blob");
+            self.set_verified(digest, false);
+            self.delete(&path).await?;
+        }
+        Ok(intact)
+    }
+
+    /// The bytes of a blob, after their digest has been compared.
+    ///
+    /// # Errors
+    /// [`StoreError::Missing`], or [`StoreError::Damaged`] when the bytes are not those of the digest.
+    pub async fn get_blob(&self, digest: Digest) -> Result<Bytes> {
+        let path = blob_path(digest);
+        let bytes = self.read(&path).await?;
+        let hashed = bytes.clone();
+        let found = tokio::task::spawn_blocking(move || Digest::of(&hashed)).await?;
+        if found != digest {
+            self.set_verified(digest, false);
+            return Err(self.wrong_digest(&path, bytes.len() as u64, None));
+        }
+        self.set_verified(digest, true);
+        Ok(bytes)
+    }
+
+    /// Whether a blob is there, without reading it.
+    pub async fn blob_exists(&self, digest: Digest) -> Result<bool> {
+        Ok(self.length(&blob_path(digest)).await?.is_some())
+    }
+
+    /// Path of a blob on the disk of a `file://` store, whether or not it is there.
+    pub fn local_blob(&self, digest: Digest) -> Option<PathBuf> {
+        self.local_root().map(|root| root.join("blobs").join(digest.to_string()))
+    }
+
+    /// Compares the length of a blob and, unless this process has done so before, its digest.
+    ///
+    /// # Errors
+    /// As [`Self::get_blob`].
+    pub async fn verify_blob(&self, digest: Digest, bytes: u64) -> Result<()> {
+        if self.is_verified(digest) && self.local_root().is_none() {
+            return Ok(());
+        }
+        let path = blob_path(digest);
+        match self.length(&path).await? {
+            None => return Err(StoreError::Missing { op: "read", path: self.display_path(&path) }),
+            Some(found) if found != bytes => return Err(self.wrong_digest(&path, found, Some(bytes))),
+            Some(_) if self.is_verified(digest) => return Ok(()),
+            Some(_) => {}
+        }
+        match self.local_blob(digest) {
+            Some(file) => {
+                if hash_file(&file).await?.0 != digest {
+                    return Err(self.wrong_digest(&path, bytes, Some(bytes)));
+                }
+                self.set_verified(digest, true);
+            }
+            None => self.stream_blob(digest, &mut io::sink()).await?,
+        }
+        Ok(())
+    }
+
+    /// Streams a blob into `to`, comparing the digest at the end: on an error what was written is worthless.
+    pub(crate) async fn stream_blob(&self, digest: Digest, to: &mut (impl Write + Send)) -> Result<()> {
+        let path = blob_path(digest);
+        let shown = self.display_path(&path);
+        let location = self.location(&path)?;
+        let error = |error| StoreError::object("read", &shown, error);
+        let mut stream = self.objects().get(&location).await.map_err(error)?.into_stream();
+        let mut hasher = blake3::Hasher::new();
+        let mut bytes = 0;
+        while let Some(chunk) = stream.next().await {
+            let chunk = chunk.map_err(error)?;
+            hasher.update(&chunk);
+            bytes += chunk.len() as u64;
+            to.write_all(&chunk).map_err(StoreError::io("write a copy of", &shown))?;
+        }
+        if hasher.finalize().as_bytes() != digest.as_bytes() {
+            return Err(self.wrong_digest(&path, bytes, None));
+        }
+        self.set_verified(digest, true);
+        Ok(())
+    }
+
+    fn wrong_digest(&self, path: &str, found: u64, expected: Option<u64>) -> StoreError {
+        let problem = match expected {
+            Some(expected) if expected != found => format!("it has {found} bytes instead of {expected}"),
+            _ => format!("its {found} bytes have another digest"),
+        };
+        StoreError::damaged(self.display_path(path), problem)
+    }
+
+    /// The content of a file of an artifact: the source the plan names, or the blob.
+    ///
+    /// # Errors
+    /// [`StoreError::SourceChanged`] when neither holds the content of the digest.
+    pub async fn get_file(&self, entry: &FileEntry, sources: &Sources) -> Result<Bytes> {
+        let Some(source) = sources.get(&entry.digest) else {
+            return self.get_blob(entry.digest).await.map_err(|error| in_file(error, entry));
+        };
+        let read = read_source(source).await;
+        match read {
+            Ok(bytes) if Digest::of(&bytes) == entry.digest => Ok(bytes),
+            // A copy in the store serves as well.
+            read => match self.get_blob(entry.digest).await {
+                Ok(bytes) => Ok(bytes),
+                Err(StoreError::Missing { .. }) => read.and(Err(StoreError::SourceChanged { path: source.clone() })),
+                Err(error) => Err(error),
+            },
+        }
+    }
+
+    /// Stores a manifest and answers its digest, which is the artifact's identity.
+    pub async fn put_manifest(&self, manifest: &dsv3_core::Manifest) -> Result<Digest> {
+        self.put_blob(Bytes::from(manifest.to_bytes())).await
+    }
+
+    /// The manifest of an artifact.
+    ///
+    /// # Errors
+    /// [`StoreError::Damaged`] when the blob is no manifest of a known format.
+    pub async fn manifest(&self, digest: Digest) -> Result<dsv3_core::Manifest> {
+        let damaged = |problem| StoreError::damaged(self.display_path(&blob_path(digest)), problem);
+        let bytes = self.get_blob(digest).await?;
+        let manifest: dsv3_core::Manifest =
+            serde_json::from_slice(&bytes).map_err(|error| damaged(format!("it is no manifest: {error}")))?;
+        if manifest.format != dsv3_core::Manifest::FORMAT {
+            return Err(damaged(format!("its format is {}, this build reads 1", manifest.format)));
+        }
+        manifest.files.iter().try_for_each(|file| check_path(&file.path))?;
+        Ok(manifest)
+    }
+}
+
+/// Refuses a path that would leave the artifact's folder.
+pub(crate) fn check_path(path: &str) -> Result<()> {
+    let good = !path.is_empty()
+        && !path.contains(['\\', '\0', ':'])
+        && path.split('/').all(|part| !part.is_empty() && part != "." && part != "..");
+    if good { Ok(()) } else { Err(StoreError::BadPath { path: path.to_owned() }) }
+}
+
+/// Local path of a source, none for a URI of an object store.
+pub(crate) fn source_path(source: &str) -> Option<PathBuf> {
+    match source.split_once("://") {
+        None => Some(PathBuf::from(source)),
+        Some(("file", path)) => Some(PathBuf::from(path)),
+        Some(_) => None,
+    }
+}
+
+async fn read_source(source: &str) -> Result<Bytes> {
+    if let Some(path) = source_path(source) {
+        let bytes = tokio::fs::read(&path).await.map_err(StoreError::io("read input file", &path))?;
+        return Ok(Bytes::from(bytes));
+    }
+    let (folder, name) = source
+        .rsplit_once('/')
+        .ok_or_else(|| StoreError::Url { url: source.to_owned(), problem: "it names no file".into() })?;
+    Store::open(folder)?.read(name).await
+}
+
+/// Says which file of an artifact a blob was wanted for.
+fn in_file(error: StoreError, entry: &FileEntry) -> StoreError {
+    match error {
+        StoreError::Damaged { path, problem } => {
+            StoreError::Damaged { path: format!("{path} (file {})", entry.path), problem }
+        }
+        other => other,
+    }
+}

@@ -1,0 +1,189 @@
+//! What can go wrong between a run and its store.
+
+use std::io;
+
+use dsv3_core::{Digest, Error, ErrorKind};
+
+/// Result of the store.
+pub type Result<T, E = StoreError> = std::result::Result<T, E>;
+
+/// An error of the store. Paths are relative to the store's URL unless absolute.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// The URL names no store.
+    #[error("{url:?} is not a store: {problem}")]
+    Url {
+        /// As written.
+        url: String,
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// There is no such object.
+    #[error("cannot {op} {path}: it does not exist")]
+    Missing {
+        /// What was tried.
+        op: &'static str,
+        /// Which object.
+        path: String,
+    },
+    /// The store refuses or cannot be reached.
+    #[error("cannot {op} {path}: {cause}")]
+    Unavailable {
+        /// What was tried.
+        op: &'static str,
+        /// Which object.
+        path: String,
+        /// The store's own words.
+        cause: String,
+    },
+    /// A local file refuses.
+    #[error("cannot {op} {path}")]
+    Io {
+        /// What was tried.
+        op: &'static str,
+        /// Which file.
+        path: String,
+        /// The system's error.
+        source: io::Error,
+    },
+    /// Stored bytes are not what was written.
+    #[error("{path} is damaged: {problem}")]
+    Damaged {
+        /// Which object.
+        path: String,
+        /// How it shows.
+        problem: String,
+    },
+    /// A file outside the store is no longer what the plan saw.
+    #[error("input file {path} has changed since the plan was made")]
+    SourceChanged {
+        /// Which file.
+        path: String,
+    },
+    /// An artifact of another kind.
+    #[error("artifact {} is of kind {found}, {expected} is expected", digest.short())]
+    Kind {
+        /// Its manifest.
+        digest: Digest,
+        /// The kind the port wants.
+        expected: String,
+        /// The kind it has.
+        found: String,
+    },
+    /// An artifact lacks a file.
+    #[error("artifact of kind {kind} has no file {path}; it has: {files}")]
+    NoSuchFile {
+        /// Kind of the artifact.
+        kind: String,
+        /// The file that was asked for.
+        path: String,
+        /// The files it has.
+        files: String,
+    },
+    /// A path inside an artifact that would leave its folder.
+    #[error("{path:?} is not a path inside an artifact")]
+    BadPath {
+        /// As given.
+        path: String,
+    },
+    /// Another process committed at this sequence number.
+    #[error("{path} was written by another process, which has taken over this stage")]
+    Taken {
+        /// The record that was in the way.
+        path: String,
+    },
+    /// A value that JSON cannot hold.
+    #[error("cannot encode {path} as JSON")]
+    Encode {
+        /// Where it was to go.
+        path: String,
+        /// The encoder's error.
+        source: serde_json::Error,
+    },
+    /// Asked to stop while waiting for a lease.
+    #[error("stopped while waiting for {holder} to finish stage {key}")]
+    Cancelled {
+        /// Who holds it.
+        holder: String,
+        /// The stage's key.
+        key: String,
+    },
+    /// A task of this process died.
+    #[error("a task of the store ended early: {cause}")]
+    Task {
+        /// Its panic or cancellation.
+        cause: String,
+    },
+}
+
+impl StoreError {
+    /// What the operator does next.
+    pub fn kind(&self) -> ErrorKind {
+        match self {
+            Self::Url { .. } => ErrorKind::Invalid,
+            Self::Missing { .. }
+            | Self::Damaged { .. }
+            | Self::SourceChanged { .. }
+            | Self::Kind { .. }
+            | Self::NoSuchFile { .. } => ErrorKind::Data,
+            Self::Unavailable { .. } | Self::Io { .. } | Self::Taken { .. } => ErrorKind::Unavailable,
+            Self::Cancelled { .. } => ErrorKind::Cancelled,
+            Self::BadPath { .. } | Self::Encode { .. } | Self::Task { .. } => ErrorKind::Internal,
+        }
+    }
+
+    fn help(&self) -> Option<&'static str> {
+        Some(match self {
+            Self::Url { .. } => "use file://./FOLDER, file:///FOLDER, memory://, s3://BUCKET/PREFIX, gs:// or az://",
+            Self::Missing { .. } => "restore the file, or run again without --from or --only so that it is made anew",
+            Self::Damaged { .. } => "delete the damaged object and run again: what made it is made anew",
+            Self::SourceChanged { .. } => "run the pipeline again: a new plan takes the new content",
+            Self::Unavailable { .. } | Self::Io { .. } => {
+                "make room or give access, then run again; nothing that was committed is lost"
+            }
+            Self::Taken { .. } => "nothing is lost: the other process goes on from the last checkpoint",
+            Self::Cancelled { .. } => "run the same command again",
+            _ => return None,
+        })
+    }
+
+    pub(crate) fn io(op: &'static str, path: impl AsRef<std::path::Path>) -> impl FnOnce(io::Error) -> Self {
+        let path = path.as_ref().display().to_string();
+        move |source| match source.kind() {
+            io::ErrorKind::NotFound => Self::Missing { op, path },
+            _ => Self::Io { op, path, source },
+        }
+    }
+
+    pub(crate) fn object(op: &'static str, path: &str, error: object_store::Error) -> Self {
+        let path = path.to_owned();
+        match error {
+            object_store::Error::NotFound { .. } => Self::Missing { op, path },
+            other => Self::Unavailable { op, path, cause: other.to_string() },
+        }
+    }
+
+    pub(crate) fn damaged(path: impl Into<String>, problem: impl Into<String>) -> Self {
+        Self::Damaged { path: path.into(), problem: problem.into() }
+    }
+}
+
+impl From<tokio::task::JoinError> for StoreError {
+    fn from(error: tokio::task::JoinError) -> Self {
+        Self::Task { cause: error.to_string() }
+    }
+}
+
+impl From<StoreError> for Error {
+    fn from(error: StoreError) -> Self {
+        let mut folded = Error::new(error.kind(), error.to_string());
+        if let Some(help) = error.help() {
+            folded = folded.help(help);
+        }
+        match error {
+            StoreError::Io { source, .. } => folded.source(source),
+            StoreError::Encode { source, .. } => folded.source(source),
+            _ => folded,
+        }
+    }
+}
