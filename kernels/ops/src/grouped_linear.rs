@@ -136,3 +136,87 @@ fn weight_gradients(
         gemm::run(Isa::best(), &mut products);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{check_gradients, param, values};
+    use crate::{Fp8Format, Fp8Scales, Precision, linear};
+
+    #[test]
+    fn gradients_match_differences() {
+        let offsets: Arc<[usize]> = Arc::new([0, 4, 4, 9]);
+        let (x, w, v) = (values(&[9, 6], 1), values(&[3, 5, 6], 2), values(&[3, 5, 6], 3));
+        let grouped = offsets.clone();
+        check_gradients(
+            "grouped_linear",
+            vec![x.clone()],
+            vec![w.clone()],
+            |t, x, p| on_tape(t, &x[0], &grouped, &p[0]),
+            1e-3,
+        );
+        let merged = |t: &mut Tape, x: &[Var], p: &[Param]| {
+            // The second layer reads what the first two made of one input, so dx sums two outputs.
+            let y = on_tape_many(t, &x[0], &offsets, &[&p[0], &p[1]]);
+            let flat = linear::on_tape(t, &y[0], &p[2]);
+            let other = linear::on_tape(t, &y[1], &p[2]);
+            crate::elementwise::add_on_tape(t, &flat, &other)
+        };
+        check_gradients("linear after grouped", vec![x], vec![w, v, values(&[4, 5], 4)], merged, 1e-3);
+    }
+
+    /// The products of the FP8 recipe, from the public quantisers and plain loops.
+    fn expected_gradients(
+        x: &Tensor,
+        w: &Tensor,
+        dy: &Tensor,
+        offsets: &Arc<[usize]>,
+        precision: Precision,
+    ) -> [Vec<f64>; 2] {
+        let Precision::Fp8 { format, scales } = precision else { panic!("an FP8 recipe") };
+        let (n, k) = (w.shape()[1], w.shape()[2]);
+        let row_x = crate::Fp8::quantize_rows(x, format.forward(), scales).dequantize();
+        let col_x = crate::Fp8::quantize_columns(&row_x, offsets, format.forward(), scales).dequantize();
+        let col_dy = crate::Fp8::quantize_columns(dy, offsets, format.backward(), scales).dequantize();
+        let row_dy = crate::Fp8::quantize_rows(dy, format.backward(), scales).dequantize();
+        let w_values = crate::Fp8::quantize_blocks(w, format.forward(), scales).dequantize();
+        let (mut dx, mut dw) = (vec![0f64; x.numel()], vec![0f64; w.numel()]);
+        for e in 0..offsets.len() - 1 {
+            for row in offsets[e]..offsets[e + 1] {
+                for (j, i) in (0..n).flat_map(|j| (0..k).map(move |i| (j, i))) {
+                    let at = (e * n + j) * k + i;
+                    dx[row * k + i] += f64::from(row_dy.as_f32()[row * n + j]) * f64::from(w_values.as_f32()[at]);
+                    dw[at] += f64::from(col_dy.as_f32()[row * n + j]) * f64::from(col_x.as_f32()[row * k + i]);
+                }
+            }
+        }
+        [dx, dw]
+    }
+
+    #[test]
+    fn fp8_gradients_follow_the_recipe() {
+        let offsets: Arc<[usize]> = Arc::new([0, 150, 150, 151, 300]);
+        for (format, scales) in [
+            (Fp8Format::E4m3, Fp8Scales::F32),
+            (Fp8Format::Hybrid, Fp8Scales::F32),
+            (Fp8Format::E4m3, Fp8Scales::Ue8m0),
+        ] {
+            let precision = Precision::Fp8 { format, scales };
+            let (x, w, dy) = (values(&[300, 140], 1), values(&[4, 33, 140], 2), values(&[300, 33], 3));
+            let [dx, dw] = expected_gradients(&x, &w, &dy, &offsets, precision);
+            let mut tape = Tape::new();
+            let input = tape.leaf(x);
+            let p = Param { compute: Weight::encode(&w, &precision), ..param(0, &w) };
+            let y = on_tape(&mut tape, &input, &offsets, &p);
+            let mut weights = WeightGrads::default();
+            let mut grads = tape.backward(vec![(y.id(), dy)], &mut weights);
+            let close = |computed: &Tensor, expected: &[f64]| {
+                let error: f64 = computed.as_f32().iter().zip(expected).map(|(a, b)| (f64::from(*a) - b).powi(2)).sum();
+                let norm: f64 = expected.iter().map(|b| b * b).sum();
+                assert!((error / norm).sqrt() < 1e-6, "{format:?} {scales:?}");
+            };
+            close(&grads.take(input.id()).expect("dx"), &dx);
+            close(weights.get(0).expect("dw"), &dw);
+        }
+    }
+}
