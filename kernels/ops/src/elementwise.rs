@@ -1,4 +1,10 @@
-//! Small elementwise operations: sums of gradients and the residual addition.
+//! Small elementwise operations: sums of gradients and the residual addition y = a + b.
+
+use crate::vector::{for_row_chunks, wide};
+use crate::{Back, Grads, Job, Tape, Tensor, Var, VarId};
+
+/// Elements a thread takes at a time.
+const CHUNK: usize = 1 << 14;
 
 /// `acc[i] += x[i]`.
 ///
@@ -6,7 +12,42 @@
 /// When the lengths differ.
 pub fn add_assign(acc: &mut [f32], x: &[f32]) {
     assert_eq!(acc.len(), x.len(), "gradients of one value differ in size");
-    for (a, b) in acc.iter_mut().zip(x) {
-        *a += b;
+    for_row_chunks(acc, 1, CHUNK, 1, |first, chunk| {
+        wide(|| {
+            for (a, b) in chunk.iter_mut().zip(&x[first..]) {
+                *a += b;
+            }
+        })
+    });
+}
+
+/// `a + b`, elementwise; the shape is that of `a`.
+///
+/// # Panics
+/// When the sizes differ.
+pub fn add(a: &Tensor, b: &Tensor) -> Tensor {
+    let mut out = a.as_f32().to_vec();
+    add_assign(&mut out, b.as_f32());
+    Tensor::f32(a.shape(), out)
+}
+
+/// [`add`] with its backward pass: dy flows to both.
+pub fn add_on_tape(tape: &mut Tape, a: &Var, b: &Var) -> Var {
+    let (a_id, b_id) = (a.id(), b.id());
+    tape.push(add(&a.value, &b.value), |out| Box::new(AddBack { a: a_id, b: b_id, out }))
+}
+
+struct AddBack {
+    a: VarId,
+    b: VarId,
+    out: VarId,
+}
+
+impl Back for AddBack {
+    fn inputs(self: Box<Self>, grads: &mut Grads) -> Option<Job> {
+        let dy = grads.take(self.out)?;
+        grads.add(self.a, dy.clone());
+        grads.add(self.b, dy);
+        None
     }
 }

@@ -1,0 +1,104 @@
+//! Sequence-wise balance loss, without its factor α: the mean over sequences of Σ_i f_i·P_i.
+//!
+//! For a sequence of T tokens: f_i = N/(K·T) · #{t : i among the K largest unbiased scores of t}, not limited to
+//! groups; P_i = (1/T) Σ_t s_ti / Σ_j s_tj. f carries no gradient. Report §2.1.2, equations 17 to 20.
+
+use crate::router::take_largest;
+use crate::vector::{collect, dot, for_row_chunks, sum, wide};
+use crate::{Back, Grads, Job, Spans, Tape, Tensor, Var, VarId};
+
+/// Tokens a thread differentiates at a time.
+const CHUNK_TOKENS: usize = 64;
+
+/// The loss `[1]` of `scores` `[tokens, experts]`; empty sequences do not count.
+///
+/// # Panics
+/// When `spans` does not cover the tokens.
+pub fn forward(scores: &Tensor, spans: &Spans, top_k: usize) -> Tensor {
+    let parts = per_span(scores, spans, top_k);
+    Tensor::f32(&[1], vec![mean(&parts)])
+}
+
+/// [`forward`] with the gradient of `scores`.
+pub fn on_tape(tape: &mut Tape, scores: &Var, spans: &Spans, top_k: usize) -> Var {
+    let parts = per_span(&scores.value, spans, top_k);
+    let value = Tensor::f32(&[1], vec![mean(&parts)]);
+    let (scores, spans) = (scores.clone(), spans.clone());
+    tape.push(value, |out| Box::new(BalanceBack { scores, spans, parts, out }))
+}
+
+/// One sequence: its loss and f.
+struct Part {
+    loss: f32,
+    frequency: Vec<f32>,
+}
+
+fn per_span(scores: &Tensor, spans: &Spans, top_k: usize) -> Vec<Part> {
+    let (experts, s) = (scores.cols(), scores.as_f32());
+    assert_eq!(scores.rows(), spans.tokens(), "balance loss: spans do not cover the scores");
+    let work = scores.numel() / spans.count().max(1) * top_k;
+    collect(spans.count(), work, |i| {
+        let range = spans.range(i);
+        let tokens = range.len() as f32;
+        let (mut counts, mut shares) = (vec![0_u32; experts], vec![0.0_f32; experts]);
+        let mut taken = vec![false; experts];
+        for row in s[range.start * experts..range.end * experts].chunks_exact(experts) {
+            taken.fill(false);
+            for _ in 0..top_k {
+                counts[take_largest(row, &mut taken)] += 1;
+            }
+            let total = sum(row);
+            for (share, score) in shares.iter_mut().zip(row) {
+                *share += score / total;
+            }
+        }
+        let frequency: Vec<f32> = counts.iter().map(|&c| experts as f32 * c as f32 / (top_k as f32 * tokens)).collect();
+        let loss = frequency.iter().zip(&shares).map(|(f, share)| f * (share / tokens)).sum();
+        Part { loss: if range.is_empty() { 0.0 } else { loss }, frequency }
+    })
+}
+
+fn sequences(parts: &[Part]) -> f32 {
+    // An empty sequence has 0/0 frequencies.
+    parts.iter().filter(|part| part.frequency.iter().all(|f| f.is_finite())).count().max(1) as f32
+}
+
+fn mean(parts: &[Part]) -> f32 {
+    parts.iter().map(|part| part.loss).sum::<f32>() / sequences(parts)
+}
+
+struct BalanceBack {
+    scores: Var,
+    spans: Spans,
+    parts: Vec<Part>,
+    out: VarId,
+}
+
+impl Back for BalanceBack {
+    fn inputs(self: Box<Self>, grads: &mut Grads) -> Option<Job> {
+        let seed = grads.take(self.out)?.as_f32()[0] / sequences(&self.parts);
+        let (experts, s) = (self.scores.value.cols(), self.scores.value.as_f32());
+        let mut span_of_token = Vec::with_capacity(self.spans.tokens());
+        for (i, range) in self.spans.iter().enumerate() {
+            span_of_token.extend(std::iter::repeat_n(i, range.len()));
+        }
+        let mut ds = vec![0.0; s.len()];
+        for_row_chunks(&mut ds, experts, CHUNK_TOKENS, 2 * experts, |first, chunk| {
+            wide(|| {
+                for (i, ds) in chunk.chunks_exact_mut(experts).enumerate() {
+                    let (row, span) = (&s[(first + i) * experts..][..experts], span_of_token[first + i]);
+                    let f = &self.parts[span].frequency;
+                    // d/ds_i of Σ_j f_j s_j / Z with Z = Σ s: (f_i − Σ_j f_j s_j / Z) / Z.
+                    let total = sum(row);
+                    let level = dot(f, row) / total;
+                    let factor = seed / self.spans.range(span).len() as f32 / total;
+                    for e in 0..experts {
+                        ds[e] = factor * (f[e] - level);
+                    }
+                }
+            })
+        });
+        grads.add(self.scores.id(), Tensor::f32(self.scores.value.shape(), ds));
+        None
+    }
+}

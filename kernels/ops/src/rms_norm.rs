@@ -1,0 +1,113 @@
+//! RMSNorm: y = x · ρ · w with ρ = 1/√(mean(x²) + ε), over the last dimension.
+//!
+//! Backward, per row of d elements with g = dy·w: dx = ρ·(g − x·ρ²·mean(g·x)); dw = Σ_rows dy·x·ρ, summed in fixed
+//! chunks of rows that are added in order. Saved: x and ρ. (§2 of the report's equations; Zhang and Sennrich 2019.)
+
+use crate::elementwise::add_assign;
+use crate::vector::{collect, dot, for_row_chunks, wide};
+use crate::{Back, Grads, Job, Param, ParamId, Tape, Tensor, Var, VarId, Weight};
+
+/// Rows a thread normalises at a time.
+const CHUNK_ROWS: usize = 32;
+/// Rows whose weight gradients are summed before they join the total.
+const GRAD_CHUNK_ROWS: usize = 64;
+
+/// Normalises `x` `[.., d]` by `w` `[d]`.
+///
+/// # Panics
+/// When the width of `x` is not that of `w`.
+pub fn forward(x: &Tensor, w: &Weight, eps: f32) -> Tensor {
+    let w = w.dequantize();
+    Tensor::f32(x.shape(), normalise(x, w.as_f32(), eps).0)
+}
+
+/// [`forward`] with the gradients of `x` and `w`.
+pub fn on_tape(tape: &mut Tape, x: &Var, w: &Param, eps: f32) -> Var {
+    let weight = w.compute.dequantize();
+    let (out, inverse_rms) = normalise(&x.value, weight.as_f32(), eps);
+    let (input, param) = (x.clone(), w.id);
+    tape.push(Tensor::f32(x.value.shape(), out), |out| Box::new(RmsNormBack { input, weight, inverse_rms, param, out }))
+}
+
+fn normalise(x: &Tensor, w: &[f32], eps: f32) -> (Vec<f32>, Vec<f32>) {
+    let (rows, d, data) = (x.rows(), x.cols(), x.as_f32());
+    assert_eq!(d, w.len(), "rms_norm of width {d} with a weight of {}", w.len());
+    let mut inverse_rms = vec![0.0; rows];
+    for_row_chunks(&mut inverse_rms, 1, CHUNK_ROWS, d, |first, chunk| {
+        wide(|| {
+            for (i, rho) in chunk.iter_mut().enumerate() {
+                let row = &data[(first + i) * d..][..d];
+                *rho = 1.0 / (dot(row, row) / d as f32 + eps).sqrt();
+            }
+        })
+    });
+    let mut out = vec![0.0; rows * d];
+    for_row_chunks(&mut out, d, CHUNK_ROWS, d, |first, chunk| {
+        wide(|| {
+            for (i, y) in chunk.chunks_exact_mut(d).enumerate() {
+                let (row, rho) = (&data[(first + i) * d..][..d], inverse_rms[first + i]);
+                for j in 0..d {
+                    y[j] = row[j] * rho * w[j];
+                }
+            }
+        })
+    });
+    (out, inverse_rms)
+}
+
+struct RmsNormBack {
+    input: Var,
+    weight: Tensor,
+    inverse_rms: Vec<f32>,
+    param: ParamId,
+    out: VarId,
+}
+
+impl Back for RmsNormBack {
+    fn inputs(self: Box<Self>, grads: &mut Grads) -> Option<Job> {
+        let dy = grads.take(self.out)?;
+        let (d, w) = (self.weight.numel(), self.weight.as_f32());
+        let (x, dy_data) = (self.input.value.as_f32(), dy.as_f32());
+        let mut dx = vec![0.0; x.len()];
+        for_row_chunks(&mut dx, d, CHUNK_ROWS, 2 * d, |first, chunk| {
+            wide(|| {
+                for (i, out) in chunk.chunks_exact_mut(d).enumerate() {
+                    let (row, grad) = (&x[(first + i) * d..][..d], &dy_data[(first + i) * d..][..d]);
+                    let rho = self.inverse_rms[first + i];
+                    for j in 0..d {
+                        out[j] = grad[j] * w[j];
+                    }
+                    let pull = rho * rho * dot(out, row) / d as f32;
+                    for j in 0..d {
+                        out[j] = rho * (out[j] - row[j] * pull);
+                    }
+                }
+            })
+        });
+        grads.add(self.input.id(), Tensor::f32(self.input.value.shape(), dx));
+        Some(Job::new(move |weights| {
+            let slot = weights.slot(self.param, self.weight.shape());
+            add_weight_grad(slot, self.input.value.as_f32(), dy.as_f32(), &self.inverse_rms);
+        }))
+    }
+}
+
+fn add_weight_grad(slot: &mut [f32], x: &[f32], dy: &[f32], inverse_rms: &[f32]) {
+    let d = slot.len();
+    let chunks = inverse_rms.len().div_ceil(GRAD_CHUNK_ROWS);
+    let partials = collect(chunks, GRAD_CHUNK_ROWS * d, |chunk| {
+        let mut partial = vec![0.0_f32; d];
+        wide(|| {
+            for row in chunk * GRAD_CHUNK_ROWS..inverse_rms.len().min((chunk + 1) * GRAD_CHUNK_ROWS) {
+                let (x, dy, rho) = (&x[row * d..][..d], &dy[row * d..][..d], inverse_rms[row]);
+                for j in 0..d {
+                    partial[j] += dy[j] * x[j] * rho;
+                }
+            }
+        });
+        partial
+    });
+    for partial in partials {
+        add_assign(slot, &partial);
+    }
+}

@@ -1,0 +1,73 @@
+//! SwiGLU's gate: y = SiLU(g) · u, SiLU(g) = g·σ(g), elementwise.
+//!
+//! Backward: du = dy·g·σ; dg = dy·u·σ·(1 + g·(1 − σ)). Saved: g and u; σ is computed again.
+
+use crate::vector::{for_row_chunks, sigmoid, wide};
+use crate::{Back, Grads, Job, Tape, Tensor, Var, VarId};
+
+/// Elements a thread takes at a time.
+const CHUNK: usize = 1 << 13;
+/// Cost of a sigmoid in units of an addition, for the choice between serial and parallel.
+const WORK: usize = 8;
+
+/// SiLU(`gate`) · `up`, of one shape.
+///
+/// # Panics
+/// When the sizes differ.
+pub fn forward(gate: &Tensor, up: &Tensor) -> Tensor {
+    assert_eq!(gate.numel(), up.numel(), "swiglu of {:?} and {:?}", gate.shape(), up.shape());
+    let (g, u) = (gate.as_f32(), up.as_f32());
+    let mut out = vec![0.0; g.len()];
+    for_row_chunks(&mut out, 1, CHUNK, WORK, |first, chunk| {
+        let (g, u) = (&g[first..][..chunk.len()], &u[first..][..chunk.len()]);
+        wide(|| {
+            for i in 0..chunk.len() {
+                chunk[i] = g[i] * sigmoid(g[i]) * u[i];
+            }
+        })
+    });
+    Tensor::f32(gate.shape(), out)
+}
+
+/// [`forward`] with the gradients of both inputs.
+pub fn on_tape(tape: &mut Tape, gate: &Var, up: &Var) -> Var {
+    let value = forward(&gate.value, &up.value);
+    let (gate, up) = (gate.clone(), up.clone());
+    tape.push(value, |out| Box::new(SwigluBack { gate, up, out }))
+}
+
+struct SwigluBack {
+    gate: Var,
+    up: Var,
+    out: VarId,
+}
+
+impl Back for SwigluBack {
+    fn inputs(self: Box<Self>, grads: &mut Grads) -> Option<Job> {
+        let dy = grads.take(self.out)?;
+        let (g, u, dy) = (self.gate.value.as_f32(), self.up.value.as_f32(), dy.as_f32());
+        let mut d_gate = vec![0.0; g.len()];
+        for_row_chunks(&mut d_gate, 1, CHUNK, WORK, |first, chunk| {
+            let len = chunk.len();
+            let (g, u, dy) = (&g[first..][..len], &u[first..][..len], &dy[first..][..len]);
+            wide(|| {
+                for i in 0..len {
+                    let s = sigmoid(g[i]);
+                    chunk[i] = dy[i] * u[i] * s * (1.0 + g[i] * (1.0 - s));
+                }
+            })
+        });
+        let mut d_up = vec![0.0; g.len()];
+        for_row_chunks(&mut d_up, 1, CHUNK, WORK, |first, chunk| {
+            let (g, dy) = (&g[first..][..chunk.len()], &dy[first..][..chunk.len()]);
+            wide(|| {
+                for i in 0..chunk.len() {
+                    chunk[i] = dy[i] * g[i] * sigmoid(g[i]);
+                }
+            })
+        });
+        grads.add(self.gate.id(), Tensor::f32(self.gate.value.shape(), d_gate));
+        grads.add(self.up.id(), Tensor::f32(self.up.value.shape(), d_up));
+        None
+    }
+}

@@ -1,0 +1,210 @@
+//! Output head and log-softmax in one: logp_t = z_t[target_t] − logsumexp(z_t), z = h·Wᵀ, chunk by chunk.
+//!
+//! Shapes: h `[tokens, d]`, W `[vocab, d]` (F32 or BF16 values, product in F32), targets `[tokens]`, logp `[tokens]`.
+//! Logits of more than `chunk_rows` rows never exist; the backward pass computes them again. Rows without a target are
+//! not multiplied at all: their logp and entropy are 0 and they receive no gradient.
+//! Backward: dz_t = dlogp_t·(onehot − softmax(z_t)); dh = dz·W; dW = dzᵀ·h, chunks added in order.
+//! Entropy is logsumexp(z) − Σ_v softmax(z)_v z_v, in nats; it carries no gradient.
+
+use std::sync::Arc;
+
+use crate::gemm::{self, Mat, Product, Right, gemm};
+use crate::isa::Isa;
+use crate::vector::{exp, exp_in_place, for_row_chunks, max, wide};
+use crate::weight::Operand;
+use crate::{Back, Grads, Job, Param, ParamId, Tape, Tensor, Var, VarId, Weight};
+
+/// The target of a row that has none.
+pub const NO_TARGET: u32 = u32::MAX;
+
+/// How the head is computed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Options {
+    /// Rows whose logits exist at one time.
+    pub chunk_rows: usize,
+    /// Whether to compute the entropy of every row's distribution too.
+    pub want_entropy: bool,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self { chunk_rows: 256, want_entropy: false }
+    }
+}
+
+/// What the head says of every token.
+#[derive(Clone, Debug)]
+pub struct Out {
+    /// Log-probability of the target, `[tokens]`.
+    pub logp: Tensor,
+    /// Entropy of the distribution, `[tokens]`, when asked for.
+    pub entropy: Option<Tensor>,
+}
+
+/// Log-probabilities of `targets` after `h` `[tokens, d]` under `head` `[vocab, d]`.
+///
+/// # Panics
+/// When sizes disagree or a target is neither below the vocabulary nor [`NO_TARGET`].
+pub fn forward(h: &Tensor, head: &Weight, targets: &[u32], options: Options) -> Out {
+    evaluate(h, head, targets, options).0
+}
+
+/// [`forward`] with the gradients of `h` and of the head: logp as a variable, entropy as a plain value.
+pub fn on_tape(
+    tape: &mut Tape,
+    h: &Var,
+    head: &Param,
+    targets: &Arc<[u32]>,
+    options: Options,
+) -> (Var, Option<Tensor>) {
+    let weight = head.compute.clone();
+    let (out, logsumexp) = evaluate(&h.value, &weight, targets, options);
+    let (h, targets, param) = (h.clone(), targets.clone(), head.id);
+    let logp = tape.push(out.logp, |out| {
+        Box::new(HeadBack { h, weight, targets, logsumexp, chunk_rows: options.chunk_rows, param, out })
+    });
+    (logp, out.entropy)
+}
+
+/// Indices of rows that have a target and satisfy `wanted`, in order.
+fn active_rows(targets: &[u32], wanted: impl Fn(usize) -> bool) -> Vec<u32> {
+    (0..targets.len()).filter(|&row| targets[row] != NO_TARGET && wanted(row)).map(|row| row as u32).collect()
+}
+
+/// Copies the chosen rows of `h` next to each other.
+fn gather(h: &[f32], d: usize, rows: &[u32], into: &mut Vec<f32>) {
+    into.clear();
+    for &row in rows {
+        into.extend_from_slice(&h[row as usize * d..][..d]);
+    }
+}
+
+fn evaluate(h: &Tensor, weight: &Weight, targets: &[u32], options: Options) -> (Out, Vec<f32>) {
+    let (tokens, d, vocab) = (h.rows(), weight.inputs(), weight.outputs());
+    assert!(tokens == targets.len() && d == h.cols(), "head {:?} on {:?}", weight.shape(), h.shape());
+    let (h, w) = (h.as_f32(), Operand::forward(weight, 0));
+    let mut logp = vec![0.0; tokens];
+    let mut entropy = vec![0.0; if options.want_entropy { tokens } else { 0 }];
+    let mut logsumexp = vec![0.0; tokens];
+    let rows = active_rows(targets, |_| true);
+    let chunk_rows = options.chunk_rows.max(1);
+    let mut logits = vec![0.0; rows.len().min(chunk_rows) * vocab];
+    let mut packed = Vec::new();
+    for chunk in rows.chunks(chunk_rows) {
+        gather(h, d, chunk, &mut packed);
+        let logits = &mut logits[..chunk.len() * vocab];
+        product(chunk.len(), vocab, d, &packed, &w, logits);
+        let logits = &*logits;
+        let mut results = vec![0.0; chunk.len() * 3];
+        for_row_chunks(&mut results, 3, 4, 8 * vocab, |first, results| {
+            let mut scratch = vec![0.0; vocab];
+            for (i, result) in results.chunks_exact_mut(3).enumerate() {
+                let z = &logits[(first + i) * vocab..][..vocab];
+                let target = targets[chunk[first + i] as usize] as usize;
+                result.copy_from_slice(&row_statistics(z, target, options.want_entropy, &mut scratch));
+            }
+        });
+        for (&row, result) in chunk.iter().zip(results.chunks_exact(3)) {
+            logp[row as usize] = result[0];
+            logsumexp[row as usize] = result[1];
+            if options.want_entropy {
+                entropy[row as usize] = result[2];
+            }
+        }
+    }
+    let entropy = options.want_entropy.then(|| Tensor::f32(&[tokens], entropy));
+    (Out { logp: Tensor::f32(&[tokens], logp), entropy }, logsumexp)
+}
+
+/// `c[m, n] = a[m, k] · b`.
+fn product(m: usize, n: usize, k: usize, a: &[f32], b: &dyn Right, c: &mut [f32]) {
+    let product = Product { m, n, k, a: Mat::rows(a, k), b, c, c_stride: n, accumulate: false };
+    gemm::run(Isa::best(), &mut [product]);
+}
+
+/// Log-probability of the target, logsumexp, entropy (0 unless wanted).
+fn row_statistics(z: &[f32], target: usize, want_entropy: bool, scratch: &mut [f32]) -> [f32; 3] {
+    wide(|| {
+        let largest = max(z);
+        scratch.copy_from_slice(z);
+        let total = exp_in_place(scratch, largest);
+        let log_total = total.ln();
+        let logsumexp = largest + log_total;
+        // Relative to the largest logit, so that large common offsets do not cancel.
+        let entropy = if want_entropy { log_total - shifted_dot(scratch, z, largest) / total } else { 0.0 };
+        [z[target] - largest - log_total, logsumexp, entropy]
+    })
+}
+
+/// Σ p_v · (z_v − shift).
+#[inline(always)]
+fn shifted_dot(p: &[f32], z: &[f32], shift: f32) -> f32 {
+    let mut sum = 0.0_f64;
+    for (p, z) in p.iter().zip(z) {
+        if *p > 0.0 {
+            sum += f64::from(*p) * f64::from(z - shift);
+        }
+    }
+    sum as f32
+}
+
+struct HeadBack {
+    h: Var,
+    weight: Weight,
+    targets: Arc<[u32]>,
+    logsumexp: Vec<f32>,
+    chunk_rows: usize,
+    param: ParamId,
+    out: VarId,
+}
+
+impl Back for HeadBack {
+    fn inputs(self: Box<Self>, grads: &mut Grads) -> Option<Job> {
+        let d_logp = grads.take(self.out)?;
+        let (d_logp, h) = (d_logp.as_f32(), self.h.value.as_f32());
+        let (vocab, d) = (self.weight.outputs(), self.weight.inputs());
+        let rows = active_rows(&self.targets, |row| d_logp[row] != 0.0);
+        let mut dh = vec![0.0; h.len()];
+        // Logits are computed once for both gradients; the job only adds the finished sum.
+        let mut dw = vec![0.0; vocab * d];
+        let chunk_rows = self.chunk_rows.max(1);
+        let mut logits = vec![0.0; rows.len().min(chunk_rows) * vocab];
+        let (mut packed, mut dh_packed) = (Vec::new(), Vec::new());
+        for chunk in rows.chunks(chunk_rows) {
+            gather(h, d, chunk, &mut packed);
+            let logits = &mut logits[..chunk.len() * vocab];
+            let n = chunk.len();
+            product(n, vocab, d, &packed, &Operand::forward(&self.weight, 0), logits);
+            self.to_logit_grads(logits, chunk, d_logp);
+            dh_packed.resize(n * d, 0.0);
+            product(n, d, vocab, logits, &Operand::backward(&self.weight, 0), &mut dh_packed);
+            for (&row, grad) in chunk.iter().zip(dh_packed.chunks_exact(d)) {
+                dh[row as usize * d..][..d].copy_from_slice(grad);
+            }
+            gemm(vocab, d, n, Mat::transposed(logits, vocab), Mat::rows(&packed, d), &mut dw, d, true);
+        }
+        grads.add(self.h.id(), Tensor::f32(self.h.value.shape(), dh));
+        let dw = Tensor::f32(self.weight.shape(), dw);
+        let param = self.param;
+        Some(Job::new(move |weights| weights.add(param, &dw)))
+    }
+}
+
+impl HeadBack {
+    /// Turns logits of the rows `chunk` into their gradients.
+    fn to_logit_grads(&self, logits: &mut [f32], chunk: &[u32], d_logp: &[f32]) {
+        let vocab = self.weight.outputs();
+        for_row_chunks(logits, vocab, 4, 8 * vocab, |first, block| {
+            wide(|| {
+                for (i, z) in block.chunks_exact_mut(vocab).enumerate() {
+                    let row = chunk[first + i] as usize;
+                    let (grad, shift) = (d_logp[row], self.logsumexp[row]);
+                    for v in z.iter_mut() {
+                        *v = -grad * exp(*v - shift);
+                    }
+                    z[self.targets[row] as usize] += grad;
+                }
+            })
+        });
+    }
+}
