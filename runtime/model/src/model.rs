@@ -1,0 +1,171 @@
+//! A model in memory: parameters by the table of `weight_names`, router biases, rotary table, precision.
+//!
+//! FP32 masters exist when the model is trainable; products read the encoding made from them by [`Model::encode`]. In a
+//! BF16 or FP8 model the embedding and the head are BF16, norms and routers stay F32 (report §3.3.1).
+
+use std::sync::Arc;
+
+use dsv3_ops::{Param, Precision, Tensor, Weight};
+use rayon::prelude::*;
+
+use crate::context::Shape;
+use crate::weight_names::{BiasInfo, Graph, ParamInfo, Role, Table};
+use crate::{Error, ModelConfig, RopeScaling, init};
+
+/// A DeepSeek-V3-class model.
+#[derive(Clone, Debug)]
+pub struct Model {
+    /// Its sizes.
+    pub config: ModelConfig,
+    pub(crate) table: Arc<Table>,
+    pub(crate) params: Vec<Param>,
+    pub(crate) biases: Vec<Vec<f32>>,
+    pub(crate) shape: Arc<Shape>,
+    pub(crate) precision: Precision,
+}
+
+impl Model {
+    /// A trainable model with random weights, a function of `config` and `seed` alone.
+    ///
+    /// # Errors
+    /// When the configuration has problems.
+    pub fn init(config: &ModelConfig, precision: Precision, seed: u64) -> Result<Self, Error> {
+        checked(config)?;
+        let table = Table::new(config);
+        let sigma = config.initializer_range;
+        let params =
+            table.params.par_iter().map(|info| trainable(info, init::draw(info, sigma, seed), precision)).collect();
+        let biases = table.biases.iter().map(|_| vec![0.0; config.n_routed_experts]).collect();
+        Ok(Self::assemble(config.clone(), table, params, biases, precision))
+    }
+
+    /// Puts the parts of a checked configuration together.
+    pub(crate) fn assemble(
+        config: ModelConfig,
+        table: Table,
+        params: Vec<Param>,
+        biases: Vec<Vec<f32>>,
+        precision: Precision,
+    ) -> Self {
+        let shape = Arc::new(Shape::new(&config));
+        Self { config, table: Arc::new(table), params, biases, shape, precision }
+    }
+
+    /// How products of the linear layers are taken.
+    pub fn precision(&self) -> Precision {
+        self.precision
+    }
+
+    /// What each parameter is; by [`dsv3_ops::ParamId`].
+    pub fn infos(&self) -> &[ParamInfo] {
+        &self.table.params
+    }
+
+    /// The parameters; by [`dsv3_ops::ParamId`].
+    pub fn params(&self) -> &[Param] {
+        &self.params
+    }
+
+    /// The parameters, for an optimiser. Call [`Model::encode`] after changing masters.
+    pub fn params_mut(&mut self) -> &mut [Param] {
+        &mut self.params
+    }
+
+    /// Layer and name of each router bias.
+    pub fn bias_infos(&self) -> &[BiasInfo] {
+        &self.table.biases
+    }
+
+    /// Router biases, `[experts]` each, in the order of [`Model::bias_infos`].
+    pub fn biases(&self) -> &[Vec<f32>] {
+        &self.biases
+    }
+
+    /// Router biases, for their update after a step.
+    pub fn biases_mut(&mut self) -> &mut [Vec<f32>] {
+        &mut self.biases
+    }
+
+    /// Replaces master `id` and its encoding.
+    ///
+    /// # Panics
+    /// When the shape is another.
+    pub fn set_master(&mut self, id: dsv3_ops::ParamId, master: Tensor) {
+        let info = &self.table.params[id as usize];
+        assert_eq!(info.shape, master.shape(), "{}", info.name);
+        self.params[id as usize] = trainable(info, master, self.precision);
+    }
+
+    /// Makes every encoding anew from its master; once per optimiser step.
+    pub fn encode(&mut self) {
+        let (table, precision) = (&self.table, self.precision);
+        self.params.par_iter_mut().zip(&table.params).for_each(|(param, info)| {
+            if let Some(master) = &param.master {
+                param.compute = encoded(info.role, master, precision);
+            }
+        });
+    }
+
+    /// Changes the precision of a trainable model.
+    pub fn set_precision(&mut self, precision: Precision) {
+        self.precision = precision;
+        self.encode();
+    }
+
+    /// Drops masters, to serve a model that was trained here.
+    pub fn freeze(&mut self) {
+        self.params.iter_mut().for_each(|param| param.master = None);
+    }
+
+    /// Whether masters exist.
+    pub fn is_trainable(&self) -> bool {
+        self.params.iter().all(|param| param.master.is_some())
+    }
+
+    /// Changes the rotary scaling and the longest position.
+    ///
+    /// # Errors
+    /// When they do not fit together; the model is unchanged then.
+    pub fn set_rope(&mut self, scaling: Option<RopeScaling>, max_positions: usize) -> Result<(), Error> {
+        let config =
+            ModelConfig { rope_scaling: scaling, max_position_embeddings: max_positions, ..self.config.clone() };
+        checked(&config)?;
+        self.shape = Arc::new(Shape::new(&config));
+        self.config = config;
+        Ok(())
+    }
+
+    /// Bytes of the encodings that products read.
+    pub fn compute_bytes(&self) -> usize {
+        self.params.iter().map(|param| param.compute.bytes()).sum()
+    }
+
+    pub(crate) fn graph(&self) -> &Graph {
+        &self.table.graph
+    }
+}
+
+/// Refuses a configuration with problems.
+pub(crate) fn checked(config: &ModelConfig) -> Result<(), Error> {
+    let problems = config.check();
+    if problems.is_empty() { Ok(()) } else { Err(Error::Config { problems }) }
+}
+
+/// A parameter with a master.
+pub(crate) fn trainable(info: &ParamInfo, master: Tensor, precision: Precision) -> Param {
+    Param { id: info.id, compute: encoded(info.role, &master, precision), master: Some(master) }
+}
+
+/// The encoding of `master` in a model of `precision`.
+pub(crate) fn encoded(role: Role, master: &Tensor, precision: Precision) -> Weight {
+    Weight::encode(master, &role_precision(role, precision))
+}
+
+fn role_precision(role: Role, precision: Precision) -> Precision {
+    match (role, precision) {
+        (Role::Norm | Role::Router, _) => Precision::F32,
+        (Role::Embedding | Role::Head, Precision::F32) => Precision::F32,
+        (Role::Embedding | Role::Head, _) => Precision::Bf16,
+        (Role::Linear | Role::Projection, precision) => precision,
+    }
+}
