@@ -1,4 +1,6 @@
 //! engine
 mod diagnostics;
+mod schema;
+mod spec;
 mod yaml;
 pub use diagnostics::*;

@@ -13,6 +13,10 @@ pub(crate) use read::{read, read_argument};
 
 use crate::diagnostics::Span;
 
+/// [`Node::origin`] of a value taken from an environment variable: paths start from the current directory, and the text
+/// takes the type that is wanted.
+pub(crate) const ENVIRONMENT: u32 = u32::MAX;
+
 /// A value and where it was written.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Node {
@@ -61,6 +65,26 @@ impl Node {
             Value::Text(text) => format!("the text {text:?}"),
             Value::List(_) => "a list".to_owned(),
             Value::Map(_) => "a map".to_owned(),
+        }
+    }
+
+    /// A text that came from the environment becomes the number or truth value it spells.
+    pub(crate) fn take_environment_type(&mut self) {
+        if self.origin == ENVIRONMENT
+            && let Value::Text(text) = &self.value
+            && let Ok(value) = scalar::resolve(text)
+        {
+            self.value = value;
+        }
+    }
+
+    /// A float without a fraction becomes an integer: `14.8e12` counts tokens.
+    pub(crate) fn take_integral(&mut self) {
+        if let Value::Float(value) = self.value
+            && value.fract() == 0.0
+            && value.abs() < 9.0e15
+        {
+            self.value = Value::Int(value as i128);
         }
     }
 

@@ -69,10 +69,17 @@ pub(crate) fn read(source: u32, text: &Source) -> (Option<Node>, Vec<Diagnostic>
     (root, builder.problems)
 }
 
-/// Reads the value of a `--set PATH=VALUE` that begins at byte `from` of the source.
+/// Reads the value of a `--set PATH=VALUE` that begins at byte `from` of the source: a flow collection or a quoted text as
+/// YAML, anything else as one plain scalar, so that `*.parquet` and `a: b` need no quotes.
 pub(crate) fn read_argument(source: u32, text: &Source, from: usize) -> (Node, Vec<Diagnostic>) {
     let value = &text.text[from..];
     let whole = Span { source, start: from as u32, end: text.text.len() as u32 };
+    if !value.trim_start().starts_with(['[', '{', '"', '\'']) {
+        return match scalar::resolve(value.trim()) {
+            Ok(value) => (Node::new(value, whole), Vec::new()),
+            Err(message) => (Node::new(Value::Null, whole), vec![Diagnostic::new(whole, message)]),
+        };
+    }
     // The parser sees the value alone; places are moved behind the path afterwards.
     let alone = Source::new("", value, "");
     let (node, mut problems) = read(source, &alone);
@@ -80,9 +87,11 @@ pub(crate) fn read_argument(source: u32, text: &Source, from: usize) -> (Node, V
         problem.span.start += from as u32;
         problem.span.end += from as u32;
     }
-    let mut node = node.unwrap_or_else(|| Node::new(Value::Null, whole));
-    shift(&mut node, from as u32);
-    (node, problems)
+    let node = node.map(|mut node| {
+        shift(&mut node, from as u32);
+        node
+    });
+    (node.unwrap_or_else(|| Node::new(Value::Null, whole)), problems)
 }
 
 fn shift(node: &mut Node, by: u32) {

@@ -82,6 +82,8 @@ fn an_argument_is_a_value_with_its_own_places() {
     let (node, problems) = read_argument(0, &source, 16);
     assert!(problems.is_empty());
     assert_eq!(node.follow("x").0.span.start, 20);
+    let (node, _) = read_argument(0, &Source::new("--set", "a=*.x: y", "."), 2);
+    assert_eq!(node.text(), Some("*.x: y"));
     let (node, _) = read_argument(0, &Source::new("--set", "a=", "."), 2);
     assert_eq!(node.value, Value::Null);
 }

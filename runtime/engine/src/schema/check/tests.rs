@@ -1,0 +1,114 @@
+//! The walk agrees with what serde takes, for the shapes our configuration structs have.
+
+use schemars::JsonSchema;
+use serde::Deserialize;
+
+use super::*;
+use crate::{
+    diagnostics::{Source, Sources},
+    yaml::read,
+};
+
+#[derive(Debug, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+#[allow(dead_code)]
+struct Config {
+    /// Steps to take.
+    steps: u32,
+    #[serde(default)]
+    rate: f64,
+    #[serde(default)]
+    mode: Mode,
+    #[serde(default)]
+    schedule: Option<Schedule>,
+    #[serde(default)]
+    phases: Vec<Phase>,
+    #[serde(default)]
+    dims: Option<(u8, u8)>,
+    #[serde(default)]
+    names: std::collections::BTreeMap<String, bool>,
+    #[serde(default)]
+    one_or_many: Option<OneOrMany>,
+}
+
+#[derive(Debug, Default, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+enum Mode {
+    #[default]
+    /// Quick.
+    Fast,
+    /// Careful.
+    Slow,
+}
+
+#[derive(Debug, Deserialize, JsonSchema)]
+#[serde(tag = "type", rename_all = "snake_case", deny_unknown_fields)]
+#[allow(dead_code)]
+enum Schedule {
+    Constant { rate: f64 },
+    Cosine { from: f64, to: f64 },
+}
+
+#[derive(Debug, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+#[allow(dead_code)]
+struct Phase {
+    tokens: u64,
+    #[schemars(range(min = 1, max = 10))]
+    #[serde(default)]
+    width: i32,
+}
+
+#[derive(Debug, Deserialize, JsonSchema)]
+#[serde(untagged)]
+#[allow(dead_code)]
+enum OneOrMany {
+    One(String),
+    Many(Vec<String>),
+}
+
+fn problems(text: &str) -> Vec<String> {
+    let mut sources = Sources::default();
+    let index = sources.add(Source::new("p", text, "."));
+    let (node, read_problems) = read(index, sources.get(index).unwrap());
+    assert!(read_problems.is_empty(), "{read_problems:?}");
+    let (mut node, schema) = (node.unwrap(), schemars::schema_for!(Config).to_value());
+    let at = node.span;
+    let found = check(&schema, &schema, &mut node, at, "config");
+    let serde = serde_json::from_value::<Config>(node.to_json());
+    assert_eq!(found.is_empty(), serde.is_ok(), "{found:?} {serde:?}");
+    found
+        .iter()
+        .map(|p| format!("{} {} [{}]", sources.locate(p.span), p.message, p.help.as_deref().unwrap_or("")))
+        .collect()
+}
+
+#[test]
+fn a_good_value_passes_and_integral_floats_become_integers() {
+    let text = "steps: 3\nrate: 1\nmode: slow\nschedule: {type: cosine, from: 1, to: 0.1}\nphases: [{tokens: 14.8e12}]\n\
+                dims: [1, 2]\nnames: {a: true}\none_or_many: [x, y]\n";
+    assert_eq!(problems(text), Vec::<String>::new());
+    assert_eq!(problems("steps: 1\nschedule:\ndims: null\n"), Vec::<String>::new());
+}
+
+#[test]
+fn every_problem_is_found_at_its_place() {
+    let text = "stesp: 3\nrate: fast\nmode: quick\nschedule: {type: cosin, from: 1}\nphases:\n  - {tokens: -1}\n  - {tokenz: 1}\n\
+                dims: [1, 300]\nnames: {a: yes}\none_or_many: {a: 1}\n";
+    let found = problems(text).join("\n");
+    for part in [
+        "p:1:1 `config` lacks `steps` [steps: Steps to take.]",
+        "p:1:1 unknown key `stesp` in `config` [did you mean `steps`?]",
+        "p:2:7 `config.rate` takes a number; this is the text \"fast\"",
+        "p:3:7 `config.mode` cannot be the text \"quick\"",
+        "p:4:18 `config.schedule.type` cannot be the text \"cosin\" [did you mean `cosine`?]",
+        "p:6:14 `config.phases[0].tokens` is at least 0",
+        "p:7:5 `config.phases[1]` lacks `tokens`",
+        "p:7:6 unknown key `tokenz`",
+        "p:8:11 `config.dims[1]` is at most 255",
+        "p:9:12 `config.names.a` takes true or false; this is the text \"yes\" [write `true`]",
+        "p:10:14 `config.one_or_many` takes a text or a list; this is a map",
+    ] {
+        assert!(found.contains(part), "{part} in\n{found}");
+    }
+}

@@ -1,0 +1,206 @@
+//! The tree to [`Written`]: fields, names and shapes, without looking anything up.
+
+use super::{
+    HookLimits, HookSpec, InputSpec, LoadOptions, StageSpec, Word, Written,
+    fields::{Fields, first},
+};
+use crate::{
+    diagnostics::{Diagnostic, Span, list},
+    schema,
+    yaml::{Entry, Node, Value},
+};
+
+const ROOT_KEYS: [&str; 9] = ["version", "name", "params", "store", "seed", "threads", "device", "hooks", "stages"];
+const STAGE_KEYS: [&str; 4] = ["type", "inputs", "hooks", "config"];
+const HOOK_KEYS: [&str; 5] = ["wasm", "world", "config", "limits", "on_error"];
+
+pub(super) fn written(
+    root: &Node,
+    default_name: String,
+    options: &LoadOptions,
+    problems: &mut Vec<Diagnostic>,
+) -> Option<Written> {
+    let mut fields = Fields { problems };
+    let top = Span { end: root.span.start, ..root.span };
+    let entries = fields.map(root, root.span, "a pipeline", &ROOT_KEYS);
+    if root.entries().is_none() {
+        return None;
+    }
+    version(&mut fields, entries, top);
+    let name = first(entries, "name").and_then(|entry| fields.text(&entry.value, entry.key_span, "`name`"));
+    let store = first(entries, "store").and_then(|entry| fields.text(&entry.value, entry.key_span, "`store`"));
+    if let Some(store) = store.as_ref().filter(|_| options.store.is_none()) {
+        store_scheme(&mut fields, store);
+    }
+    if let Some(params) = first(entries, "params") {
+        fields.open_map(&params.value, params.key_span, "`params`");
+    }
+    let seed = first(entries, "seed")
+        .and_then(|entry| fields.integer(&entry.value, entry.key_span, "`seed`", 0, u64::MAX.into()));
+    let threads =
+        first(entries, "threads").and_then(|entry| fields.integer(&entry.value, entry.key_span, "`threads`", 1, 4096));
+    let device = first(entries, "device").and_then(|entry| fields.text(&entry.value, entry.key_span, "`device`"));
+    if let Some(device) = &device
+        && !known_device(&device.text)
+    {
+        fields.problem(device.span, format!("`device` is `cpu`, `cuda` or `cuda:N`; this is `{}`", device.text));
+    }
+    let hooks =
+        named(&mut fields, entries, "hooks", "hook").iter().filter_map(|entry| hook(&mut fields, entry)).collect();
+    let stages: Vec<StageSpec> =
+        named(&mut fields, entries, "stages", "stage").iter().filter_map(|entry| stage(&mut fields, entry)).collect();
+    if first(entries, "stages").is_none() {
+        fields.problem(top, "a pipeline has `stages`");
+    }
+    Some(Written {
+        name: name.map_or(default_name, |name| name.text),
+        store: options.store.clone().or(store.map(|store| store.text)).unwrap_or_else(|| "file://./runs".to_owned()),
+        seed: seed.unwrap_or(0) as u64,
+        threads: options.threads.or(threads.map(|threads| threads as usize)),
+        device: device.map_or_else(|| "cpu".to_owned(), |device| device.text),
+        hooks,
+        stages,
+    })
+}
+
+fn version(fields: &mut Fields<'_>, entries: &[Entry], top: Span) {
+    match first(entries, "version") {
+        None => fields.problems.push(Diagnostic::new(top, "a pipeline says its `version`").help("add `version: 1`")),
+        Some(entry) if entry.value.value != Value::Int(1) => {
+            let message = format!("this build reads `version: 1`; this is {}", entry.value.describe());
+            fields.problem(entry.value.span, message);
+        }
+        Some(_) => {}
+    }
+}
+
+/// Whether this names a device of this program.
+fn known_device(text: &str) -> bool {
+    matches!(text, "cpu" | "cuda") || text.strip_prefix("cuda:").is_some_and(|index| index.parse::<u32>().is_ok())
+}
+
+fn store_scheme(fields: &mut Fields<'_>, store: &Word) {
+    const SCHEMES: [&str; 5] = ["file", "memory", "s3", "gs", "az"];
+    let scheme = store.text.split_once("://").map(|(scheme, _)| scheme);
+    if !scheme.is_some_and(|scheme| SCHEMES.contains(&scheme)) {
+        let problem = Diagnostic::new(store.span, format!("`{}` is not the URL of a store", store.text));
+        fields.problems.push(problem.help(format!("schemes: {}; `file://./runs` is a folder here", list(SCHEMES))));
+    }
+}
+
+/// The named entries under `key`, both copies of a repeated name included; bad names are reported.
+fn named<'n>(fields: &mut Fields<'_>, entries: &'n [Entry], key: &str, what: &str) -> &'n [Entry] {
+    let Some(entry) = first(entries, key) else { return &[] };
+    let named = fields.open_map(&entry.value, entry.key_span, &format!("`{key}`"));
+    for entry in named {
+        let mut chars = entry.key.chars();
+        let good = chars.next().is_some_and(|c| c.is_ascii_alphabetic())
+            && chars.all(|c| c.is_ascii_alphanumeric() || c == '_' || c == '-');
+        if !good || entry.key.len() > 64 {
+            let message = format!("a {what}'s name is a letter and then letters, digits, `_` or `-`, 64 at most");
+            fields.problem(entry.key_span, message);
+        }
+    }
+    named
+}
+
+fn word(entry: &Entry) -> Word {
+    Word { text: entry.key.clone(), span: entry.key_span, origin: entry.key_span.source }
+}
+
+fn hook(fields: &mut Fields<'_>, entry: &Entry) -> Option<HookSpec> {
+    let what = format!("hook `{}`", entry.key);
+    let entries = fields.map(&entry.value, entry.key_span, &what, &HOOK_KEYS);
+    for key in ["wasm", "world"] {
+        if first(entries, key).is_none() {
+            fields.problem(entry.key_span, format!("{what} lacks `{key}`"));
+        }
+    }
+    let mut text = |key: &str| first(entries, key).and_then(|e| fields.text(&e.value, e.key_span, &format!("`{key}`")));
+    let (wasm, world) = (text("wasm"), text("world"));
+    let config = match first(entries, "config") {
+        Some(config) => {
+            fields.open_map(&config.value, config.key_span, "`config` of a hook");
+            config.value.to_json()
+        }
+        None => serde_json::json!({}),
+    };
+    let limits: Option<HookLimits> = typed(fields, entries, "limits", &what);
+    let on_error = typed(fields, entries, "on_error", &what);
+    Some(HookSpec {
+        name: word(entry),
+        wasm: wasm?,
+        world: world?,
+        config,
+        limits: limits.unwrap_or_default(),
+        on_error: on_error.unwrap_or_default(),
+    })
+}
+
+/// A field whose type has a JSON Schema; absent or wrong is `None`, wrong is reported.
+fn typed<T: serde::de::DeserializeOwned + schemars::JsonSchema>(
+    fields: &mut Fields<'_>,
+    entries: &[Entry],
+    key: &str,
+    what: &str,
+) -> Option<T> {
+    let entry = first(entries, key)?;
+    let (mut node, root) = (entry.value.clone(), schemars::schema_for!(T).to_value());
+    let found = schema::check(&root, &root, &mut node, entry.key_span, key);
+    if !found.is_empty() {
+        fields.problems.extend(found);
+        return None;
+    }
+    match serde_json::from_value(node.to_json()) {
+        Ok(value) => Some(value),
+        Err(error) => {
+            fields.problem(entry.value.span, format!("`{key}` of {what}: {error}"));
+            None
+        }
+    }
+}
+
+fn stage(fields: &mut Fields<'_>, entry: &Entry) -> Option<StageSpec> {
+    let what = format!("stage `{}`", entry.key);
+    let entries = fields.map(&entry.value, entry.key_span, &what, &STAGE_KEYS);
+    let kind = match first(entries, "type") {
+        Some(kind) => fields.text(&kind.value, kind.key_span, "`type`"),
+        None => {
+            fields.problem(entry.key_span, format!("{what} lacks `type`"));
+            None
+        }
+    };
+    let mut inputs = Vec::new();
+    if let Some(node) = first(entries, "inputs") {
+        for input in fields.open_map(&node.value, node.key_span, "`inputs`") {
+            let items: &[Node] = match &input.value.value {
+                Value::List(items) => items,
+                _ => std::slice::from_ref(&input.value),
+            };
+            let what = format!("input `{}`", input.key);
+            let values: Vec<Word> = items.iter().filter_map(|item| fields.text(item, input.key_span, &what)).collect();
+            if items.is_empty() {
+                fields.problem(input.value.span, format!("{what} of {} is an empty list", entry.key));
+            }
+            inputs.push(InputSpec { port: word(input), values });
+        }
+    }
+    let mut hooks = Vec::new();
+    if let Some(node) = first(entries, "hooks") {
+        for hook in fields.open_map(&node.value, node.key_span, "`hooks` of a stage") {
+            if let Some(name) = fields.text(&hook.value, hook.key_span, "the name of a hook") {
+                hooks.push((word(hook), name));
+            }
+        }
+    }
+    let empty = Node::new(Value::Map(Vec::new()), entry.key_span);
+    let (config, config_span) = match first(entries, "config") {
+        Some(config) => {
+            fields.open_map(&config.value, config.key_span, "`config`");
+            let map = config.value.entries().is_some();
+            (if map { config.value.clone() } else { empty }, config.key_span)
+        }
+        None => (empty, entry.key_span),
+    };
+    Some(StageSpec { name: word(entry), kind: kind?, inputs, hooks, config, config_span })
+}
