@@ -1,0 +1,218 @@
+//! Hostile and broken guests, written in WebAssembly text: each must come back as one located error. And the shipped
+//! examples, from `schemas/hooks/examples` or from `$DSV3_HOOKS_BUILD` when set (`.ci/run` points it at a fresh build).
+
+use std::path::PathBuf;
+
+use dsv3_hooks::{Cause, Hook, HookError, Host, Limits, OnError, RewardItem, Verdict, World};
+use serde_json::json;
+use wit_component::{ComponentEncoder, StringEncoding, embed_component_metadata};
+
+fn schemas() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../schemas/hooks")
+}
+
+fn example(name: &str) -> Vec<u8> {
+    let dir = std::env::var_os("DSV3_HOOKS_BUILD").map_or_else(|| schemas().join("examples"), PathBuf::from);
+    std::fs::read(dir.join(name)).unwrap()
+}
+
+/// A `document-filter` whose `judge` runs `body`, with `$n` documents. `$answer` makes an `ok` answer of `$n` actions that
+/// all equal its second parameter, with empty notes. The first data byte of the batch is `(i32.load8_u (local.get $data))`.
+fn filter(body: &str) -> Vec<u8> {
+    let text = format!(
+        r#"(module
+  (memory (export "memory") 2)
+  (global $top (mut i32) (i32.const 65536))
+  (func $alloc (export "cabi_realloc") (param i32 i32 i32 i32) (result i32)
+    (local $at i32)
+    (local.set $at (i32.and (i32.add (global.get $top) (i32.const 7)) (i32.const -8)))
+    (global.set $top (i32.add (local.get $at) (local.get 3)))
+    (if (i32.gt_u (global.get $top) (i32.mul (memory.size) (i32.const 65536)))
+      (then (if (i32.eq (memory.grow (i32.const 16)) (i32.const -1)) (then unreachable))))
+    (local.get $at))
+  (func (export "dsv3:hooks/filter@0.1.0#configure") (param i32 i32) (result i32)
+    (i32.store8 (i32.const 16) (i32.const 0)) (i32.const 16))
+  (func $answer (param $n i32) (param $action i32) (result i32)
+    (local $actions i32) (local $offsets i32)
+    (local.set $actions (call $alloc (i32.const 0) (i32.const 0) (i32.const 1) (local.get $n)))
+    (local.set $offsets (call $alloc (i32.const 0) (i32.const 0) (i32.const 4)
+      (i32.mul (i32.add (local.get $n) (i32.const 1)) (i32.const 4))))
+    (memory.fill (local.get $actions) (local.get $action) (local.get $n))
+    (memory.fill (local.get $offsets) (i32.const 0) (i32.mul (i32.add (local.get $n) (i32.const 1)) (i32.const 4)))
+    (i32.store (i32.const 32) (i32.const 0))
+    (i32.store (i32.const 36) (local.get $actions)) (i32.store (i32.const 40) (local.get $n))
+    (i32.store (i32.const 44) (i32.const 0)) (i32.store (i32.const 48) (i32.const 0))
+    (i32.store (i32.const 52) (local.get $offsets)) (i32.store (i32.const 56) (i32.add (local.get $n) (i32.const 1)))
+    (i32.const 32))
+  (func $recurse (param i32) (result i32)
+    (i32.add (call $recurse (i32.add (local.get 0) (i32.const 1))) (i32.const 1)))
+  (func (export "dsv3:hooks/filter@0.1.0#judge")
+    (param $data i32) (param $data_len i32) (param $offsets i32) (param $offsets_len i32) (result i32)
+    (local $n i32)
+    (local.set $n (i32.sub (local.get $offsets_len) (i32.const 1)))
+    {body}))"#
+    );
+    let mut module = wat::parse_str(&text).unwrap();
+    let mut resolve = wit_parser::Resolve::default();
+    let package = resolve.push_file(schemas().join("hooks.wit")).unwrap();
+    let world = resolve.select_world(&[package], Some("document-filter")).unwrap();
+    embed_component_metadata(&mut module, &resolve, world, StringEncoding::UTF8).unwrap();
+    ComponentEncoder::default().module(&module).unwrap().encode().unwrap()
+}
+
+fn limits() -> Limits {
+    Limits { memory_bytes: 16 << 20, deadline_ms: 500, fuel: None }
+}
+
+fn load(host: &Host, wasm: &[u8], limits: Limits, on_error: OnError) -> Hook {
+    host.load("guest", wasm, World::DocumentFilter, &json!({}), limits, on_error).unwrap()
+}
+
+/// Fails when a document starts with `x`.
+const FUSSY: &str = r#"(if (i32.eq (i32.load8_u (local.get $data)) (i32.const 120)) (then unreachable))
+    (if (i32.gt_u (local.get $n) (i32.const 1)) (then unreachable))
+    (call $answer (local.get $n) (i32.const 0))"#;
+
+#[test]
+fn a_trap_names_hook_batch_and_item() {
+    let host = Host::new(None).unwrap();
+    let hook = load(&host, &filter(FUSSY), limits(), OnError::Fail);
+    let error = hook.filter(7, &["good", "x bad", "good"]).unwrap_err();
+    assert_eq!((error.batch, error.item), (Some(7), Some(1)));
+    assert!(matches!(error.cause, Cause::Trap(_)), "{error}");
+    assert!(error.to_string().starts_with("hook `guest`, batch 7, item 1: it trapped"), "{error}");
+    assert_eq!(dsv3_core::Error::from(error).kind.exit_code(), 65);
+}
+
+#[test]
+fn policies_touch_the_failing_document_only() {
+    let host = Host::new(None).unwrap();
+    for (policy, expected) in [(OnError::Drop, None), (OnError::Keep, Some(Verdict::Keep))] {
+        let hook = load(&host, &filter(FUSSY), limits(), policy);
+        let outcome = hook.filter(0, &["good", "x bad"]).unwrap();
+        assert_eq!(outcome.verdicts[0], Verdict::Keep);
+        match expected {
+            Some(verdict) => assert_eq!(outcome.verdicts[1], verdict),
+            None => assert!(matches!(&outcome.verdicts[1], Verdict::Drop(reason) if reason.contains("trapped"))),
+        }
+        assert_eq!(outcome.faults.len(), 1);
+        assert_eq!(outcome.faults[0].item, Some(1));
+    }
+}
+
+#[test]
+fn limits_end_the_guest_and_are_told_apart() {
+    let host = Host::new(None).unwrap();
+    let endless = "(loop $again (br $again)) unreachable";
+    let grow = "(loop $again (drop (call $alloc (i32.const 0) (i32.const 0) (i32.const 1) (i32.const 65536))) (br $again)) unreachable";
+    let recurse = "(call $recurse (i32.const 0))";
+    let run = |body: &str, limits: Limits, policy| load(&host, &filter(body), limits, policy).filter(0, &["a"]);
+    let cause = |result: Result<_, HookError>| result.unwrap_err().cause;
+    assert_eq!(cause(run(endless, limits(), OnError::Keep)), Cause::Deadline(500), "a deadline is always fatal");
+    assert_eq!(cause(run(grow, limits(), OnError::Fail)), Cause::Memory(16 << 20));
+    assert!(matches!(cause(run(recurse, limits(), OnError::Fail)), Cause::Trap(text) if text.contains("stack")));
+    let fuelled = Limits { fuel: Some(100_000), ..limits() };
+    assert_eq!(cause(run(endless, fuelled, OnError::Fail)), Cause::Fuel(100_000));
+}
+
+#[test]
+fn malformed_answers_are_refused() {
+    let host = Host::new(None).unwrap();
+    for (body, expected) in [
+        ("(call $answer (i32.add (local.get $n) (i32.const 1)) (i32.const 0))", "2 actions for 1 documents"),
+        ("(call $answer (local.get $n) (i32.const 9))", "action 9 of document 0"),
+        (
+            "(drop (call $answer (local.get $n) (i32.const 1))) (i32.store (i32.add (i32.load (i32.const 52)) (i32.const 4)) (i32.const 99)) (i32.const 32)",
+            "offsets 0..99 of item 0",
+        ),
+    ] {
+        let error = load(&host, &filter(body), limits(), OnError::Fail).filter(0, &["a"]).unwrap_err();
+        assert!(matches!(&error.cause, Cause::Malformed(text) if text.contains(expected)), "{error}");
+    }
+}
+
+#[test]
+fn other_worlds_and_garbage_are_refused_by_name() {
+    let host = Host::new(None).unwrap();
+    let error = host.check_world("r", &filter(FUSSY), World::Reward).unwrap_err();
+    assert!(error.to_string().contains("dsv3:hooks/rewards@0.1.0"), "{error}");
+    assert_eq!(error.kind().exit_code(), 64);
+    for garbage in [&b""[..], b"\0asm\x01\0\0\0", b"not wasm"] {
+        assert!(matches!(host.check_world("g", garbage, World::Reward).unwrap_err().cause, Cause::World { .. }));
+    }
+    let importer = wat::parse_str(r#"(component (import "wasi:clocks/monotonic-clock@0.2.0" (instance)))"#).unwrap();
+    let error = host.check_world("w", &importer, World::Reward).unwrap_err();
+    assert!(error.to_string().contains("wasi:clocks/monotonic-clock"), "{error}");
+}
+
+#[test]
+fn damaged_cache_entries_are_compiled_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let host = Host::new(Some(dir.path().to_owned())).unwrap();
+    let wasm = example("quality.wasm");
+    for damage in [None, Some(&b"short"[..]), Some(&[7u8; 500][..])] {
+        if let Some(bytes) = damage {
+            for entry in std::fs::read_dir(dir.path()).unwrap() {
+                std::fs::write(entry.unwrap().path(), bytes).unwrap();
+            }
+        }
+        load(&host, &wasm, Limits::default(), OnError::Fail);
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
+}
+
+#[test]
+fn quality_example_keeps_drops_and_rewrites() {
+    let host = Host::new(None).unwrap();
+    let hook = load(&host, &example("quality.wasm"), Limits::default(), OnError::Fail);
+    let long = "the same line of words\n".repeat(40);
+    let documents =
+        ["one two three four five", "too short", "trailing space comes off here  \n", "!? !? !? !? !? !?", &long];
+    let verdicts = hook.filter(0, &documents).unwrap().verdicts;
+    let expected = [
+        Verdict::Keep,
+        Verdict::Drop("too few words".into()),
+        Verdict::Rewrite("trailing space comes off here".into()),
+        Verdict::Drop("too few letters".into()),
+        Verdict::Drop("repeated lines".into()),
+    ];
+    assert_eq!(verdicts, expected);
+    let error = host
+        .load("q", &example("quality.wasm"), World::DocumentFilter, &json!({"min_word": 3}), limits(), OnError::Fail)
+        .err()
+        .unwrap();
+    assert!(error.to_string().contains("min_word"), "{error}");
+}
+
+#[test]
+fn answer_example_rewards_only_the_asked_form() {
+    let host = Host::new(None).unwrap();
+    let wasm = example("answer.wasm");
+    let hook = host.load("a", &wasm, World::Reward, &json!({}), Limits::default(), OnError::Fail).unwrap();
+    let cases = [
+        ("<think></think>\n#### 14", true, 1.2),
+        ("<think> 9 + 5 = 14. Check: 14.</think>\n#### 14", true, 1.2),
+        ("<think></think>\n#### 13", true, 0.2),
+        ("<think></think>\n#### 14", false, 0.0),
+        ("<think> #### 14</think>", true, 0.0),
+        ("<think></think>\n#### 13\n#### 14", true, 0.0),
+        ("#### 14", true, 0.0),
+        ("", true, 0.0),
+        ("<think><think></think>\n#### 14", true, 0.0),
+    ];
+    let items: Vec<RewardItem<'_>> = cases
+        .iter()
+        .map(|(completion, finished, _)| RewardItem {
+            prompt: "q",
+            completion,
+            answer: "14",
+            metadata: "{}",
+            finished: *finished,
+        })
+        .collect();
+    let outcome = hook.reward(0, &items).unwrap();
+    for ((completion, _, total), reward) in cases.iter().zip(&outcome.rewards) {
+        assert!((reward.total - total).abs() < 1e-12, "{completion:?}: {reward:?}");
+        assert_eq!(reward.parts.len(), 2);
+    }
+}
