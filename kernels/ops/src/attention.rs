@@ -330,3 +330,6 @@ fn join_key_grads(dk: &[f32], dv: &[f32], spans: &Spans, s: Sizes) -> (Vec<f32>,
     }
     (d_kv, d_rope)
 }
+
+#[cfg(test)]
+mod tests;

@@ -102,3 +102,63 @@ impl Back for BalanceBack {
         None
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{check_gradients, values};
+
+    /// Scores in (0, 1) that no test step can reorder: every row is a permutation of well-spaced values.
+    fn spaced(tokens: usize, experts: usize) -> Tensor {
+        let noise = values(&[tokens, experts], 9);
+        let row = |row: &[f32]| {
+            let rank = |v: f32| row.iter().filter(|w| **w < v).count();
+            row.iter().map(|v| 0.1 + 0.8 * rank(*v) as f32 / experts as f32).collect::<Vec<_>>()
+        };
+        Tensor::f32(&[tokens, experts], noise.as_f32().chunks(experts).flat_map(row).collect())
+    }
+
+    /// The equations, in f64.
+    fn reference(s: &Tensor, spans: &Spans, top_k: usize) -> f64 {
+        let n = s.cols();
+        let one = |range: std::ops::Range<usize>| {
+            let t = range.len() as f64;
+            let (mut f, mut p) = (vec![0.0; n], vec![0.0; n]);
+            for row in s.as_f32()[range.start * n..range.end * n].chunks(n) {
+                let total: f64 = row.iter().map(|v| f64::from(*v)).sum();
+                for i in 0..n {
+                    p[i] += f64::from(row[i]) / total / t;
+                    if row.iter().filter(|v| **v > row[i]).count() < top_k {
+                        f[i] += n as f64 / (top_k as f64 * t);
+                    }
+                }
+            }
+            f.iter().zip(&p).map(|(f, p)| f * p).sum::<f64>()
+        };
+        let losses: Vec<f64> = spans.iter().filter(|r| !r.is_empty()).map(one).collect();
+        losses.iter().sum::<f64>() / losses.len() as f64
+    }
+
+    #[test]
+    fn follows_the_equations() {
+        let s = spaced(12, 6);
+        for lens in [vec![12], vec![5, 0, 7]] {
+            let spans = Spans::from_lens(lens);
+            let (got, want) = (forward(&s, &spans, 2).as_f32()[0], reference(&s, &spans, 2));
+            assert!((f64::from(got) - want).abs() < 1e-5, "{got} is not {want}");
+        }
+    }
+
+    #[test]
+    fn equal_loads_and_scores_give_one() {
+        let s = Tensor::f32(&[4, 4], vec![0.5; 16]);
+        // Ties go to the lower index, but equal shares make the loss Σ f / N all the same.
+        assert!((forward(&s, &Spans::uniform(1, 4), 2).as_f32()[0] - 1.0).abs() < 1e-6);
+    }
+
+    #[test]
+    fn gradients() {
+        let spans = Spans::from_lens([3, 0, 4]);
+        check_gradients("balance_loss", vec![spaced(7, 5)], vec![], |t, x, _| on_tape(t, &x[0], &spans, 2), 2e-3);
+    }
+}

@@ -108,3 +108,33 @@ impl Back for CatBack {
         None
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{check_gradients, values};
+
+    #[test]
+    fn split_and_cat_are_inverses() {
+        let x = values(&[3, 5, 7], 1);
+        for at in [0, 2, 7] {
+            let (a, b) = split(&x, at);
+            assert_eq!((a.shape(), b.shape()), (&[3, 5, at][..], &[3, 5, 7 - at][..]));
+            let joined = cat(&a, &b);
+            assert_eq!((joined.shape(), joined.as_f32()), (x.shape(), x.as_f32()));
+        }
+    }
+
+    #[test]
+    fn gradients() {
+        let inputs = || vec![values(&[3, 5], 2), values(&[3, 2], 3)];
+        check_gradients("cat", inputs(), vec![], |t, x, _| cat_on_tape(t, &x[0], &x[1]), 1e-3);
+        let swap = |t: &mut Tape, x: &[Var], _: &[crate::Param]| {
+            let (a, b) = split_on_tape(t, &x[0], 2);
+            cat_on_tape(t, &b, &a)
+        };
+        check_gradients("split", inputs(), vec![], swap, 1e-3);
+        let second_only = |t: &mut Tape, x: &[Var], _: &[crate::Param]| split_on_tape(t, &x[0], 2).1;
+        check_gradients("split, one part unused", inputs(), vec![], second_only, 1e-3);
+    }
+}

@@ -51,3 +51,16 @@ impl Back for AddBack {
         None
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{check_gradients, values};
+
+    #[test]
+    fn gradients() {
+        let inputs = vec![values(&[2, 5], 1), values(&[2, 5], 2)];
+        check_gradients("add", inputs.clone(), vec![], |t, x, _| add_on_tape(t, &x[0], &x[1]), 1e-3);
+        check_gradients("add to itself", inputs, vec![], |t, x, _| add_on_tape(t, &x[0], &x[0]), 1e-3);
+    }
+}

@@ -44,3 +44,21 @@ impl Back for GatherBack {
         None
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{check_gradients, values};
+
+    #[test]
+    fn rows_in_the_order_asked_for() {
+        let x = values(&[4, 2], 1);
+        let y = forward(&x, &[3, 3, 0]);
+        assert_eq!(y.as_f32(), [&x.as_f32()[6..], &x.as_f32()[6..], &x.as_f32()[..2]].concat());
+    }
+
+    #[test]
+    fn gradients() {
+        check_gradients("gather", vec![values(&[4, 3], 2)], vec![], |t, x, _| on_tape(t, &x[0], &[2, 0, 2]), 1e-3);
+    }
+}

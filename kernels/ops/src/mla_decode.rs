@@ -228,3 +228,6 @@ impl Walk {
         });
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -185,3 +185,50 @@ impl Back for CombineBack {
         None
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{check_gradients, values};
+
+    fn dispatch() -> Arc<Dispatch> {
+        Arc::new(Dispatch::new(&Tensor::u32(&[4, 2], vec![2, 0, 0, 2, 4, 2, 0, 4]), 5))
+    }
+
+    #[test]
+    fn slots_are_sorted_by_expert_then_choice() {
+        let d = dispatch();
+        assert_eq!(d.offsets[..], [0, 3, 3, 6, 6, 8]);
+        assert_eq!(d.choice_of_slot[..], [1, 2, 6, 0, 3, 5, 4, 7]);
+        assert_eq!(d.token_of_slot[..], [0, 1, 3, 0, 1, 2, 2, 3]);
+        assert!(d.choice_of_slot.iter().enumerate().all(|(slot, c)| d.slot_of_choice[*c as usize] as usize == slot));
+        assert_eq!((d.loads(), d.tokens()), (vec![3, 0, 3, 0, 2], 4));
+    }
+
+    #[test]
+    fn combining_what_was_dispatched_weighs_every_token_by_its_gates() {
+        let (x, gates) = (values(&[4, 3], 1), values(&[4, 2], 2));
+        let y = combine_forward(&forward(&x, &dispatch()), &gates, &dispatch());
+        for token in 0..4 {
+            let weight = gates.as_f32()[2 * token] + gates.as_f32()[2 * token + 1];
+            for j in 0..3 {
+                assert!((y.as_f32()[token * 3 + j] - weight * x.as_f32()[token * 3 + j]).abs() < 1e-6);
+            }
+        }
+    }
+
+    #[test]
+    fn no_tokens() {
+        let d = Dispatch::new(&Tensor::u32(&[0, 2], vec![]), 3);
+        assert_eq!(forward(&Tensor::zeros(&[0, 4]), &d).shape(), [0, 4]);
+        assert_eq!(combine_forward(&Tensor::zeros(&[0, 4]), &Tensor::zeros(&[0, 2]), &d).shape(), [0, 4]);
+    }
+
+    #[test]
+    fn gradients() {
+        let d = dispatch();
+        check_gradients("permute", vec![values(&[4, 3], 3)], vec![], |t, x, _| on_tape(t, &x[0], &d), 1e-3);
+        let inputs = vec![values(&[8, 3], 4), values(&[4, 2], 5)];
+        check_gradients("combine", inputs, vec![], |t, x, _| combine_on_tape(t, &x[0], &x[1], &d), 1e-3);
+    }
+}

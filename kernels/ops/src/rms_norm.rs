@@ -111,3 +111,39 @@ fn add_weight_grad(slot: &mut [f32], x: &[f32], dy: &[f32], inverse_rms: &[f32])
         add_assign(slot, &partial);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Precision;
+    use crate::testing::{check_gradients, values};
+
+    /// The equation in f64.
+    fn reference(x: &[f32], w: &[f32], eps: f64) -> Vec<f64> {
+        let mean = x.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>() / x.len() as f64;
+        x.iter().zip(w).map(|(x, w)| f64::from(*x) / (mean + eps).sqrt() * f64::from(*w)).collect()
+    }
+
+    #[test]
+    fn follows_the_reference() {
+        for d in [1, 7, 16, 33, 100] {
+            let (x, w) = (values(&[2, 20, d], 1), values(&[d], 2));
+            let y = forward(&x, &Weight::encode(&w, &Precision::F32), 1e-6);
+            for (x, y) in x.as_f32().chunks(d).zip(y.as_f32().chunks(d)) {
+                for (got, want) in y.iter().zip(reference(x, w.as_f32(), 1e-6)) {
+                    assert!((f64::from(*got) - want).abs() < 1e-6, "{got} is not {want}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn gradients() {
+        let run = |rows, d| {
+            let (x, w) = (values(&[rows, d], 3), values(&[d], 4));
+            check_gradients("rms_norm", vec![x], vec![w], |t, x, p| on_tape(t, &x[0], &p[0], 1e-3), 1e-3);
+        };
+        run(5, 7);
+        run(130, 16);
+    }
+}

@@ -177,3 +177,64 @@ impl Back for RopeBack {
         None
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{check_gradients, values};
+
+    /// The 671B model's extension to 163840 tokens.
+    fn published() -> Yarn {
+        Yarn { factor: 40.0, beta_fast: 32.0, beta_slow: 1.0, mscale: 1.0, mscale_all_dim: 1.0, original_context: 4096 }
+    }
+
+    #[test]
+    fn the_published_ramp_and_scale() {
+        assert_eq!(published().ramp_bounds(64, 10000.0), (10.0, 23.0));
+        assert!((softmax_scale(192, Some(&published())) - 0.135_233_8).abs() < 1e-6);
+        assert!((softmax_scale(192, None) - 0.072_168_8).abs() < 1e-6);
+        let (plain, scaled) = (frequencies(64, 10000.0, None), frequencies(64, 10000.0, Some(&published())));
+        assert_eq!(plain[..11], scaled[..11]);
+        for (plain, scaled) in plain[23..].iter().zip(&scaled[23..]) {
+            assert!((plain / 40.0 - scaled).abs() <= 1e-6 * scaled);
+        }
+        let middle = plain[15] * (1.0 - 5.0 / 13.0) + plain[15] / 40.0 * (5.0 / 13.0);
+        assert!((scaled[15] - middle).abs() < 1e-6 * middle);
+        assert!((RopeTable::new(4, 10000.0, Some(&published()), 1).0.turns[0] - 1.0).abs() < 1e-7);
+    }
+
+    #[test]
+    fn a_short_context_clamps_the_ramp() {
+        let yarn = Yarn { original_context: 16, ..published() };
+        let (low, high) = yarn.ramp_bounds(8, 10000.0);
+        assert!(low == 0.0 && high <= 7.0 && high > low);
+    }
+
+    #[test]
+    fn pairs_turn_by_position_times_frequency() {
+        let table = RopeTable::new(4, 10000.0, None, 4000);
+        let x = values(&[2, 3, 7], 1);
+        let y = forward(&x, 2, &[0, 3999], &table);
+        assert_eq!(x.as_f32()[..21], y.as_f32()[..21]);
+        for head in 0..3 {
+            let at = 21 + head * 7;
+            let (x, y) = (&x.as_f32()[at..at + 7], &y.as_f32()[at..at + 7]);
+            assert_eq!((x[..2].to_vec(), x[6]), (y[..2].to_vec(), y[6]));
+            for (pair, frequency) in [1.0_f64, 0.01].into_iter().enumerate() {
+                let (a, b) = (f64::from(x[2 + 2 * pair]), f64::from(x[3 + 2 * pair]));
+                let (sin, cos) = (3999.0 * frequency).sin_cos();
+                assert!((f64::from(y[2 + 2 * pair]) - (a * cos - b * sin)).abs() < 1e-5);
+                assert!((f64::from(y[3 + 2 * pair]) - (a * sin + b * cos)).abs() < 1e-5);
+            }
+        }
+    }
+
+    #[test]
+    fn gradients() {
+        let table = RopeTable::new(4, 100.0, Some(&published()), 50);
+        let positions: Arc<[u32]> = [7, 0, 49].into();
+        let run = |t: &mut Tape, x: &[Var], _: &[crate::Param]| on_tape(t, &x[0], 1, &positions, &table);
+        check_gradients("rope", vec![values(&[3, 2, 5], 2)], vec![], run, 1e-3);
+        check_gradients("rope without heads", vec![values(&[3, 5], 2)], vec![], run, 1e-3);
+    }
+}

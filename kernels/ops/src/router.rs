@@ -247,3 +247,87 @@ impl Back for GatesBack {
         None
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{check_gradients, values};
+
+    fn config(experts: usize, top_k: usize, groups: usize, top_groups: usize) -> Config {
+        Config { experts, top_k, groups, top_groups, scale: 2.5, norm_topk: true }
+    }
+
+    /// The choice by sorting everything.
+    fn reference(s: &[f32], bias: &[f32], c: &Config) -> Vec<u32> {
+        let mut z: Vec<f32> = s.iter().zip(bias).map(|(s, b)| s + b).collect();
+        let size = c.experts / c.groups;
+        let mut groups: Vec<(usize, f32)> = (0..c.groups)
+            .map(|g| {
+                let mut members = z[g * size..(g + 1) * size].to_vec();
+                members.sort_by(|a, b| b.total_cmp(a));
+                (g, members.iter().take(2).sum())
+            })
+            .collect();
+        groups.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
+        for (g, _) in &groups[c.top_groups..] {
+            z[g * size..(g + 1) * size].fill(f32::NEG_INFINITY);
+        }
+        let mut order: Vec<u32> = (0..c.experts as u32).collect();
+        order.sort_by(|a, b| z[*b as usize].total_cmp(&z[*a as usize]).then(a.cmp(b)));
+        order[..c.top_k].to_vec()
+    }
+
+    #[test]
+    fn choices_follow_the_reference() {
+        for c in
+            [config(16, 4, 4, 2), config(12, 3, 1, 1), config(8, 2, 8, 3), config(256, 8, 8, 4), config(6, 6, 2, 2)]
+        {
+            let s = values(&[70, c.experts], 5);
+            // Coarse biases make ties.
+            let bias: Vec<f32> = values(&[c.experts], 6).as_f32().iter().map(|b| (b * 4.0).round() / 2.0).collect();
+            let chosen = select(&s, &bias, &c);
+            assert_eq!(chosen.shape(), [70, c.top_k]);
+            for (s, chosen) in s.as_f32().chunks(c.experts).zip(chosen.as_u32().chunks(c.top_k)) {
+                assert_eq!(chosen, reference(s, &bias, &c), "{c:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn ties_go_to_the_lower_index_and_dropped_groups_stay_dropped() {
+        let c = config(4, 2, 2, 1);
+        // All biased scores are negative: a dropped group masked with 0 would win.
+        let s = Tensor::f32(&[1, 4], vec![0.1, 0.1, 0.3, 0.1]);
+        assert_eq!(select(&s, &[-1.0; 4], &c).as_u32(), [2, 3]);
+        assert_eq!(select(&Tensor::f32(&[1, 4], vec![0.5; 4]), &[0.0; 4], &c).as_u32(), [0, 1]);
+        assert_eq!(select(&Tensor::f32(&[1, 4], vec![f32::NAN; 4]), &[0.0; 4], &c).as_u32(), [0, 1]);
+    }
+
+    #[test]
+    fn gates_are_normalised_unbiased_scores() {
+        let s = Tensor::f32(&[1, 4], vec![0.1, 0.2, 0.3, 0.4]);
+        let chosen = Tensor::u32(&[1, 2], vec![3, 1]);
+        let gates = gates_forward(&s, &chosen, &config(4, 2, 1, 1));
+        for (got, want) in gates.as_f32().iter().zip([2.5 * 0.4 / 0.6, 2.5 * 0.2 / 0.6]) {
+            assert!((got - want).abs() < 1e-6);
+        }
+        let plain = gates_forward(&s, &chosen, &Config { norm_topk: false, scale: 1.0, ..config(4, 2, 1, 1) });
+        assert_eq!(plain.as_f32(), [0.4, 0.2]);
+    }
+
+    #[test]
+    fn gradients() {
+        let inputs = || vec![values(&[5, 7], 7)];
+        let w = || vec![values(&[6, 7], 8)];
+        check_gradients("router scores", inputs(), w(), |t, x, p| scores_on_tape(t, &x[0], &p[0]), 1e-3);
+        let chosen = Tensor::u32(&[5, 2], vec![0, 1, 2, 3, 4, 5, 0, 5, 1, 4]);
+        for norm_topk in [true, false] {
+            let c = Config { norm_topk, ..config(6, 2, 1, 1) };
+            let run = |t: &mut Tape, x: &[Var], p: &[Param]| {
+                let scores = scores_on_tape(t, &x[0], &p[0]);
+                gates_on_tape(t, &scores, &chosen, &c)
+            };
+            check_gradients("router gates", inputs(), w(), run, 1e-3);
+        }
+    }
+}

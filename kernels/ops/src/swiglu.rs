@@ -71,3 +71,33 @@ impl Back for SwigluBack {
         None
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{check_gradients, values};
+
+    #[test]
+    fn follows_the_reference() {
+        let (g, u) = (values(&[3, 37], 1), values(&[3, 37], 2));
+        let y = forward(&g, &u);
+        for ((g, u), y) in g.as_f32().iter().zip(u.as_f32()).zip(y.as_f32()) {
+            let (g, u) = (f64::from(*g), f64::from(*u));
+            let want = g / (1.0 + (-g).exp()) * u;
+            assert!((f64::from(*y) - want).abs() < 1e-6, "{y} is not {want}");
+        }
+    }
+
+    #[test]
+    fn large_gates_saturate() {
+        let y = forward(&Tensor::f32(&[3], vec![-1e4, 0.0, 1e4]), &Tensor::f32(&[3], vec![1.0; 3]));
+        assert!(y.as_f32()[0].abs() < 1e-30);
+        assert_eq!(y.as_f32()[1..], [0.0, 1e4]);
+    }
+
+    #[test]
+    fn gradients() {
+        let inputs = vec![values(&[3, 5], 3), values(&[3, 5], 4)];
+        check_gradients("swiglu", inputs, vec![], |t, x, _| on_tape(t, &x[0], &x[1]), 1e-3);
+    }
+}

@@ -208,3 +208,65 @@ impl HeadBack {
         });
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Precision;
+    use crate::testing::{check_gradients, values};
+
+    /// Log-probability and entropy of one row, in f64.
+    fn reference(h: &[f32], w: &[f32], target: usize) -> (f64, f64) {
+        let dot = |w: &[f32]| h.iter().zip(w).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>();
+        let z: Vec<f64> = w.chunks(h.len()).map(dot).collect();
+        let total: f64 = z.iter().map(|v| v.exp()).sum();
+        let entropy = z.iter().map(|v| -(v.exp() / total) * (v - total.ln())).sum();
+        (z[target] - total.ln(), entropy)
+    }
+
+    #[test]
+    fn follows_the_reference_in_any_chunks() {
+        let (h, w) = (values(&[9, 11], 1), values(&[37, 11], 2));
+        let targets = [0, 36, NO_TARGET, 5, 5, NO_TARGET, 7, 1, 2];
+        let run = |chunk_rows, w: &Weight| forward(&h, w, &targets, Options { chunk_rows, want_entropy: true });
+        let plain = Weight::encode(&w, &Precision::F32);
+        let out = run(4, &plain);
+        let entropy = out.entropy.expect("asked for");
+        for (row, &target) in targets.iter().enumerate() {
+            let want = match target {
+                NO_TARGET => (0.0, 0.0),
+                target => reference(&h.as_f32()[row * 11..][..11], w.as_f32(), target as usize),
+            };
+            assert!((f64::from(out.logp.as_f32()[row]) - want.0).abs() < 1e-5);
+            assert!((f64::from(entropy.as_f32()[row]) - want.1).abs() < 1e-5);
+        }
+        for chunk_rows in [1, 256] {
+            assert_eq!(run(chunk_rows, &plain).logp.as_f32(), out.logp.as_f32());
+        }
+        assert_eq!(run(4, &plain.prepack()).logp.as_f32(), out.logp.as_f32());
+        let rounded = Weight::encode(&w.to_bf16().to_f32(), &Precision::F32);
+        let bf16 = Weight::encode(&w, &Precision::Bf16);
+        assert_eq!(run(4, &bf16).logp.as_f32(), run(4, &rounded).logp.as_f32());
+    }
+
+    #[test]
+    fn large_logits_do_not_overflow() {
+        let h = Tensor::f32(&[1, 1], vec![1.0]);
+        let w = Weight::encode(&Tensor::f32(&[3, 1], vec![1000.0, 999.0, -1000.0]), &Precision::F32);
+        let out = forward(&h, &w, &[0], Options { chunk_rows: 1, want_entropy: true });
+        let p = 1.0 / (1.0 + (-1.0_f32).exp());
+        assert!((out.logp.as_f32()[0] - p.ln()).abs() < 1e-6);
+        let entropy = -(p * p.ln() + (1.0 - p) * (1.0 - p).ln());
+        assert!((out.entropy.expect("asked for").as_f32()[0] - entropy).abs() < 1e-5);
+    }
+
+    #[test]
+    fn gradients() {
+        let targets: Arc<[u32]> = [4, NO_TARGET, 0, 4, 2].into();
+        for chunk_rows in [2, 100] {
+            let options = Options { chunk_rows, want_entropy: false };
+            let run = |t: &mut Tape, x: &[Var], p: &[Param]| on_tape(t, &x[0], &p[0], &targets, options).0;
+            check_gradients("token_logprob", vec![values(&[5, 7], 3)], vec![values(&[6, 7], 4)], run, 1e-3);
+        }
+    }
+}
