@@ -106,6 +106,11 @@ impl Store {
         Ok(Self::with_parts(url, Arc::new(objects), ObjectPath::default(), Some(root)))
     }
 
+    /// A fresh store in memory.
+    pub fn with_memory() -> Self {
+        Self::with_objects("memory://", Arc::new(InMemory::new()))
+    }
+
     /// A store over any object store, for a host that has its own or a test that injects faults.
     pub fn with_objects(url: &str, objects: Arc<dyn ObjectStore>) -> Self {
         Self::with_parts(url, objects, ObjectPath::default(), None)
