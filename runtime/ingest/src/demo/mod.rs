@@ -1,0 +1,1 @@
+//! The data the recipes ship with.
