@@ -135,6 +135,12 @@ impl Model {
         Ok(())
     }
 
+    /// Logits `[rows, vocab]` of hidden states `[rows, d]` that went through `model.norm` (or `shared_head.norm`), F32.
+    pub fn logits(&self, hidden: &Tensor) -> Tensor {
+        let head = self.params[self.graph().head as usize].compute.dequantize();
+        dsv3_ops::linear::forward(hidden, &Weight::from_plain(head))
+    }
+
     /// Bytes of the encodings that products read.
     pub fn compute_bytes(&self) -> usize {
         self.params.iter().map(|param| param.compute.bytes()).sum()

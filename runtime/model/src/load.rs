@@ -1,0 +1,210 @@
+//! Hugging Face folder to [`Model`]: F32, BF16, or FP8 E4M3 with `weight_scale_inv` (f32 per block of 128 × 128, which
+//! multiplies the codes).
+//!
+//! Names and shapes are checked against the configuration before anything is allocated, so a hostile folder costs no
+//! more memory than its files are long. Prediction modules whose tensors are absent are left out, with a warning.
+
+use std::path::Path;
+
+use dsv3_ops::{Fp8, Fp8Format, Fp8Scales, Param, Precision, Tensor, Weight, fp8::Encoding, fp8::Tile};
+use rayon::prelude::*;
+
+use crate::model::encoded;
+use crate::stored::{Entry, Folder, Stored};
+use crate::weight_names::{ParamInfo, Role, Table};
+use crate::{Error, HfConfig, Model, ModelConfig};
+
+/// In what precision products with a loaded model are taken.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum LoadPrecision {
+    /// As the weights are stored.
+    #[default]
+    Own,
+    /// Another one.
+    As(Precision),
+}
+
+/// A loaded model, and what was found lacking.
+#[derive(Clone, Debug)]
+pub struct Loaded {
+    /// The model.
+    pub model: Model,
+    /// The folder's `config.json`.
+    pub config: HfConfig,
+    /// One sentence each, for a person.
+    pub warnings: Vec<String>,
+}
+
+/// Loads the folder `path`. A trainable model gets FP32 masters (the values of the stored weights).
+///
+/// # Errors
+/// When a file is missing or damaged, or a tensor does not fit `config.json`.
+pub fn load(path: &Path, precision: LoadPrecision, trainable: bool) -> Result<Loaded, Error> {
+    let config_path = path.join("config.json");
+    let text = std::fs::read(&config_path).map_err(|source| Error::Read { path: config_path, source })?;
+    let mut config = HfConfig::from_json(&text)?;
+    let folder = Folder::open(path)?;
+    let mut warnings = Vec::new();
+    let present = modules_present(&folder, &config.model);
+    if present < config.model.num_nextn_predict_layers {
+        warnings.push(format!(
+            "{}: config.json names {} multi-token-prediction modules, the weights hold {present}; the others are left out",
+            path.display(),
+            config.model.num_nextn_predict_layers,
+        ));
+        config.model.num_nextn_predict_layers = present;
+    }
+    let table = Table::new(&config.model);
+    for info in &table.params {
+        check(&folder, info)?;
+    }
+    let own = own_precision(&folder, &table)?;
+    let target = match precision {
+        LoadPrecision::Own => None,
+        LoadPrecision::As(precision) => Some(precision),
+    };
+    let goal = Goal { target: target.or(trainable.then_some(own)), trainable };
+    let params = table.params.par_iter().map(|info| goal.read(&folder, info)).collect::<Result<Vec<_>, _>>()?;
+    let experts = config.model.n_routed_experts;
+    let biases = table
+        .biases
+        .iter()
+        .map(|bias| {
+            let entry = folder.expect(&bias.name, &[experts])?;
+            plain(&bias.name, entry)?;
+            let mut values = Vec::with_capacity(experts);
+            folder.append_f32(entry, &mut values);
+            Ok(values)
+        })
+        .collect::<Result<Vec<_>, Error>>()?;
+    let model = Model::assemble(config.model.clone(), table, params, biases, target.unwrap_or(own));
+    Ok(Loaded { model, config, warnings })
+}
+
+/// How many prediction modules the files hold, counted from the first.
+fn modules_present(folder: &Folder, config: &ModelConfig) -> usize {
+    let layers = config.num_hidden_layers;
+    let absent = |module: &usize| !folder.has_prefix(&format!("model.layers.{}.", layers + module));
+    (0..config.num_nextn_predict_layers).find(absent).unwrap_or(config.num_nextn_predict_layers)
+}
+
+/// Every tensor of `info` exists in the right shape, in one readable type.
+fn check(folder: &Folder, info: &ParamInfo) -> Result<(), Error> {
+    let mut first: Option<Stored> = None;
+    for name in info.tensor_names() {
+        let entry = folder.expect(&name, info.tensor_shape())?;
+        match entry.stored {
+            Stored::E4m3 if info.role == Role::Linear || info.role == Role::Projection => {
+                let scales = scale_name(&name);
+                plain(&scales, folder.expect(&scales, &scale_shape(info.tensor_shape()))?)?;
+            }
+            _ => plain(&name, entry)?,
+        }
+        if *first.get_or_insert(entry.stored) != entry.stored {
+            let found = entry.type_name.clone();
+            return Err(Error::Type { name, found, wanted: "the type of the layer's other experts" });
+        }
+    }
+    Ok(())
+}
+
+fn plain(name: &str, entry: &Entry) -> Result<(), Error> {
+    match entry.stored {
+        Stored::F32 | Stored::Bf16 | Stored::F16 => Ok(()),
+        Stored::E4m3 | Stored::Other => {
+            let found = entry.type_name.clone();
+            Err(Error::Type { name: name.to_owned(), found, wanted: "F32 or BF16 (FP8 in linear layers)" })
+        }
+    }
+}
+
+/// The one precision all linear layers are stored in; products that share an input need it to be one.
+fn own_precision(folder: &Folder, table: &Table) -> Result<Precision, Error> {
+    let mut linears = table.params.iter().filter(|info| info.role == Role::Linear).filter_map(|info| {
+        let name = info.tensor_names().swap_remove(0);
+        folder.find(&name).map(|entry| (name.clone(), entry))
+    });
+    let Some((_, first)) = linears.next() else { return Ok(Precision::F32) };
+    match linears.find(|(_, entry)| entry.stored != first.stored) {
+        Some((name, entry)) => {
+            let found = entry.type_name.clone();
+            Err(Error::Type { name, found, wanted: "the type of the other linear layers" })
+        }
+        None => Ok(match first.stored {
+            Stored::Bf16 => Precision::Bf16,
+            Stored::E4m3 => Precision::Fp8 { format: Fp8Format::E4m3, scales: Fp8Scales::F32 },
+            Stored::F32 | Stored::F16 | Stored::Other => Precision::F32,
+        }),
+    }
+}
+
+/// What to make of stored tensors.
+#[derive(Clone, Copy)]
+struct Goal {
+    /// `None`: as stored.
+    target: Option<Precision>,
+    trainable: bool,
+}
+
+impl Goal {
+    /// Reads one parameter whose tensors [`check`] has seen.
+    fn read(&self, folder: &Folder, info: &ParamInfo) -> Result<Param, Error> {
+        let entries: Vec<(String, &Entry)> = info
+            .tensor_names()
+            .into_iter()
+            .map(|name| folder.expect(&name, info.tensor_shape()).map(|entry| (name, entry)))
+            .collect::<Result<_, _>>()?;
+        let stored = entries.first().map_or(Stored::F32, |(_, entry)| entry.stored);
+        let param = |compute, master| Ok(Param { id: info.id, master, compute });
+        let kept =
+            matches!(self.target, None | Some(Precision::Fp8 { format: Fp8Format::E4m3, scales: Fp8Scales::F32 }));
+        if stored == Stored::E4m3 {
+            let (codes, scales) = read_fp8(folder, info, &entries)?;
+            if kept && !self.trainable {
+                return param(Weight::from_fp8(codes, scales), None);
+            }
+            let encoding = Encoding::E4m3;
+            let master = Fp8 { codes, scales, tile: Tile::Block128, encoding, offsets: [].into() }.dequantize();
+            return self.from_master(info, master);
+        }
+        let is_f32 = matches!(info.role, Role::Norm | Role::Router);
+        if stored == Stored::Bf16 && self.target.is_none() && !is_f32 {
+            let mut values = Vec::with_capacity(info.numel());
+            entries.iter().for_each(|(_, entry)| folder.append_bf16(entry, &mut values));
+            return param(Weight::from_plain(Tensor::bf16(&info.shape, values)), None);
+        }
+        let mut values = Vec::with_capacity(info.numel());
+        entries.iter().for_each(|(_, entry)| folder.append_f32(entry, &mut values));
+        self.from_master(info, Tensor::f32(&info.shape, values))
+    }
+
+    fn from_master(&self, info: &ParamInfo, master: Tensor) -> Result<Param, Error> {
+        let compute = encoded(info.role, &master, self.target.unwrap_or(Precision::F32));
+        Ok(Param { id: info.id, compute, master: self.trainable.then_some(master) })
+    }
+}
+
+fn read_fp8(folder: &Folder, info: &ParamInfo, entries: &[(String, &Entry)]) -> Result<(Tensor, Tensor), Error> {
+    let mut codes = Vec::with_capacity(info.numel());
+    let mut scales = Vec::new();
+    let wanted = scale_shape(info.tensor_shape());
+    for (name, entry) in entries {
+        codes.extend_from_slice(folder.bytes(entry));
+        folder.append_f32(folder.expect(&scale_name(name), &wanted)?, &mut scales);
+    }
+    let mut shape = wanted;
+    if info.is_stacked() {
+        shape.insert(0, info.shape[0]);
+    }
+    Ok((Tensor::u8(&info.shape, codes), Tensor::f32(&shape, scales)))
+}
+
+/// Name of the scales of the FP8 tensor `name`.
+pub(crate) fn scale_name(name: &str) -> String {
+    format!("{name}_scale_inv")
+}
+
+/// Shape of the scales of a matrix.
+pub(crate) fn scale_shape(shape: &[usize]) -> Vec<usize> {
+    shape.iter().map(|size| size.div_ceil(dsv3_ops::fp8::TILE)).collect()
+}
