@@ -1,5 +1,7 @@
 //! engine
+mod check;
 mod diagnostics;
+mod plan;
 mod schema;
 mod spec;
 mod yaml;

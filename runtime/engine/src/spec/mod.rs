@@ -47,7 +47,7 @@ pub(crate) struct HookSpec {
     pub(crate) world: Word,
     pub(crate) config: serde_json::Value,
     pub(crate) limits: HookLimits,
-    pub(crate) on_error: OnError,
+    pub(crate) on_error: dsv3_hooks::OnError,
 }
 
 /// What a hook may use up.
@@ -68,19 +68,6 @@ impl Default for HookLimits {
     fn default() -> Self {
         Self { memory_mb: 256, deadline_ms: 10_000, fuel: None }
     }
-}
-
-/// What happens to a document or sample when its hook traps or answers nonsense.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize, schemars::JsonSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum OnError {
-    /// The stage fails.
-    #[default]
-    Fail,
-    /// The item is dropped.
-    Drop,
-    /// The item is kept unchanged.
-    Keep,
 }
 
 /// One input port as written: a single value or a list.
@@ -110,7 +97,7 @@ pub(crate) struct Written {
     pub(crate) store: String,
     pub(crate) seed: u64,
     pub(crate) threads: Option<usize>,
-    pub(crate) device: String,
+    pub(crate) device: Word,
     pub(crate) hooks: Vec<HookSpec>,
     pub(crate) stages: Vec<StageSpec>,
 }

@@ -40,11 +40,6 @@ pub(super) fn written(
     let threads =
         first(entries, "threads").and_then(|entry| fields.integer(&entry.value, entry.key_span, "`threads`", 1, 4096));
     let device = first(entries, "device").and_then(|entry| fields.text(&entry.value, entry.key_span, "`device`"));
-    if let Some(device) = &device
-        && !known_device(&device.text)
-    {
-        fields.problem(device.span, format!("`device` is `cpu`, `cuda` or `cuda:N`; this is `{}`", device.text));
-    }
     let hooks =
         named(&mut fields, entries, "hooks", "hook").iter().filter_map(|entry| hook(&mut fields, entry)).collect();
     let stages: Vec<StageSpec> =
@@ -57,7 +52,7 @@ pub(super) fn written(
         store: options.store.clone().or(store.map(|store| store.text)).unwrap_or_else(|| "file://./runs".to_owned()),
         seed: seed.unwrap_or(0) as u64,
         threads: options.threads.or(threads.map(|threads| threads as usize)),
-        device: device.map_or_else(|| "cpu".to_owned(), |device| device.text),
+        device: device.unwrap_or_else(|| Word { text: "cpu".to_owned(), span: top, origin: top.source }),
         hooks,
         stages,
     })
@@ -74,15 +69,11 @@ fn version(fields: &mut Fields<'_>, entries: &[Entry], top: Span) {
     }
 }
 
-/// Whether this names a device of this program.
-fn known_device(text: &str) -> bool {
-    matches!(text, "cpu" | "cuda") || text.strip_prefix("cuda:").is_some_and(|index| index.parse::<u32>().is_ok())
-}
-
 fn store_scheme(fields: &mut Fields<'_>, store: &Word) {
     const SCHEMES: [&str; 5] = ["file", "memory", "s3", "gs", "az"];
+    // A plain path is a folder, as on the command line.
     let scheme = store.text.split_once("://").map(|(scheme, _)| scheme);
-    if !scheme.is_some_and(|scheme| SCHEMES.contains(&scheme)) {
+    if scheme.is_some_and(|scheme| !SCHEMES.contains(&scheme)) || store.text.is_empty() {
         let problem = Diagnostic::new(store.span, format!("`{}` is not the URL of a store", store.text));
         fields.problems.push(problem.help(format!("schemes: {}; `file://./runs` is a folder here", list(SCHEMES))));
     }

@@ -74,7 +74,7 @@ naem: x
 seed: -1
 threads: two
 device: tpu
-store: ./runs
+store: s4://runs
 params: [1]
 hooks:
   1bad: { wasm: x }
@@ -90,8 +90,7 @@ stages:
         "dir/p.yaml:2:1 unknown key `naem` in a pipeline [did you mean `name`?]",
         "dir/p.yaml:3:7 `seed` is 0 to",
         "dir/p.yaml:4:10 `threads` is an integer",
-        "dir/p.yaml:5:9 `device`",
-        "dir/p.yaml:6:8 `./runs` is not the URL of a store",
+        "dir/p.yaml:6:8 `s4://runs` is not the URL of a store",
         "dir/p.yaml:7:9 `params` is a map; this is a list",
         "dir/p.yaml:9:3 a hook's name",
         "dir/p.yaml:9:3 hook `1bad` lacks `world`",

@@ -1,0 +1,185 @@
+//! The plan: everything resolved, typed and digested, as stored in `runs/<id>/plan.json`.
+//!
+//! A plan needs neither the YAML file nor this machine's paths beyond the `sources` of external inputs: `exec` runs any
+//! stage of it from the store alone. Inputs made by other stages are references; their digests come from the results of
+//! those stages, so that a stage's key is known once its upstream has finished.
+
+pub(crate) mod hashes;
+pub(crate) mod key;
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use dsv3_core::{Digest, Error};
+use dsv3_hooks::OnError;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::spec::HookLimits;
+
+/// Where an input comes from.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "from", rename_all = "snake_case", deny_unknown_fields)]
+pub enum InputRef {
+    /// The output `port` of a stage of this plan.
+    Stage {
+        /// Its name.
+        stage: String,
+        /// Its output port.
+        port: String,
+    },
+    /// Files outside the pipeline.
+    External {
+        /// Digest of the manifest, which is stored.
+        digest: Digest,
+        /// Sum of the file lengths.
+        bytes: u64,
+    },
+}
+
+/// One input port of a planned stage.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PlannedInput {
+    /// Its name.
+    pub port: String,
+    /// Kind of artifact it takes.
+    pub kind: String,
+    /// Whether the port takes a list.
+    pub many: bool,
+    /// What it is given.
+    pub values: Vec<InputRef>,
+}
+
+/// A hook with its content digested.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PlannedHook {
+    /// Digest of the component, which is stored as a blob.
+    pub digest: Digest,
+    /// World it is loaded as.
+    pub world: String,
+    /// Its configuration.
+    pub config: Value,
+    /// What it may use up.
+    pub limits: HookLimits,
+    /// What happens when it fails on an item.
+    pub on_error: OnError,
+}
+
+/// A stage with everything resolved.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PlannedStage {
+    /// Name in the pipeline.
+    pub name: String,
+    /// Stage type.
+    #[serde(rename = "type")]
+    pub kind: String,
+    /// Semantic version of the type.
+    pub version: u32,
+    /// Configuration with every default written out.
+    pub config: Value,
+    /// Inputs by port.
+    pub inputs: Vec<PlannedInput>,
+    /// Name of the hook on each hook port.
+    pub hooks: BTreeMap<String, String>,
+    /// Facts known before running, one line each, for `plan`.
+    #[serde(default)]
+    pub facts: Vec<String>,
+}
+
+/// A pipeline ready to run.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Plan {
+    /// Version of this format: 1.
+    pub format: u32,
+    /// Name of the pipeline.
+    pub name: String,
+    /// URL of the store.
+    pub store: String,
+    /// Seed of everything random.
+    pub seed: u64,
+    /// Compute threads; the machine's cores when absent.
+    pub threads: Option<usize>,
+    /// `cpu`, `cuda` or `cuda:N`.
+    pub device: String,
+    /// Hooks by name.
+    pub hooks: BTreeMap<String, PlannedHook>,
+    /// Stages in an order in which each comes after its inputs.
+    pub stages: Vec<PlannedStage>,
+    /// Where the content of external files lies: digest to absolute path or URI.
+    pub sources: BTreeMap<Digest, String>,
+}
+
+impl Plan {
+    /// Version written by this build.
+    pub const FORMAT: u32 = 1;
+
+    /// The stage called `name`.
+    ///
+    /// # Errors
+    /// Invalid when there is none.
+    pub fn stage(&self, name: &str) -> Result<&PlannedStage, Error> {
+        self.stages.iter().find(|stage| stage.name == name).ok_or_else(|| {
+            let names: Vec<&str> = self.stages.iter().map(|stage| stage.name.as_str()).collect();
+            let error = Error::invalid(format!("no stage of pipeline {} is called `{name}`", self.name));
+            match crate::diagnostics::did_you_mean(name, names) {
+                Some(help) => error.help(help),
+                None => error,
+            }
+        })
+    }
+
+    /// Reads a stored plan.
+    ///
+    /// # Errors
+    /// Data when the bytes are not a plan of this format.
+    pub fn from_bytes(bytes: &[u8]) -> Result<Self, Error> {
+        let plan: Self = serde_json::from_slice(bytes)
+            .map_err(|error| Error::data("the stored plan cannot be read").source(error))?;
+        if plan.format == Self::FORMAT {
+            return Ok(plan);
+        }
+        Err(Error::data(format!("the plan is of format {}, this build reads {}", plan.format, Self::FORMAT)))
+    }
+
+    /// Bytes for the store.
+    pub fn to_bytes(&self) -> Vec<u8> {
+        // Maps with text keys and plain values always serialise.
+        serde_json::to_vec_pretty(self).unwrap_or_default()
+    }
+
+    /// Names of the stages that `stage` reads from, directly.
+    pub(crate) fn upstream(stage: &PlannedStage) -> BTreeSet<&str> {
+        let values = stage.inputs.iter().flat_map(|input| &input.values);
+        values
+            .filter_map(|value| match value {
+                InputRef::Stage { stage, .. } => Some(stage.as_str()),
+                InputRef::External { .. } => None,
+            })
+            .collect()
+    }
+
+    /// The named stage and everything it needs.
+    pub(crate) fn ancestors(&self, name: &str) -> BTreeSet<String> {
+        let mut wanted = BTreeSet::from([name.to_owned()]);
+        for stage in self.stages.iter().rev() {
+            if wanted.contains(&stage.name) {
+                wanted.extend(Self::upstream(stage).into_iter().map(str::to_owned));
+            }
+        }
+        wanted
+    }
+
+    /// The named stage and everything that needs it.
+    pub(crate) fn descendants(&self, name: &str) -> BTreeSet<String> {
+        let mut wanted = BTreeSet::from([name.to_owned()]);
+        for stage in &self.stages {
+            if Self::upstream(stage).iter().any(|above| wanted.contains(*above)) {
+                wanted.insert(stage.name.clone());
+            }
+        }
+        wanted
+    }
+}
