@@ -82,6 +82,7 @@ fn quantise(rows: usize, cols: usize) {
 }
 
 fn main() {
+    dsv3_ops::keep_freed_memory();
     layers(1024, 128, 128, 1);
     layers(1024, 256, 128, 1);
     layers(1024, 96, 128, 1);

@@ -19,7 +19,9 @@ mod gemm;
 pub mod grouped_linear;
 mod isa;
 pub mod linear;
+mod memory;
 pub mod mla_decode;
+mod panels;
 pub mod permute;
 pub mod rms_norm;
 pub mod rope;
@@ -35,6 +37,7 @@ mod vector;
 mod weight;
 
 pub use fp8::{Fp8, Fp8Format, Fp8Scales};
+pub use memory::keep_freed_memory;
 pub use tape::{Back, Grads, Job, Param, ParamId, Tape, Var, VarId, WeightGrads};
 pub use tensor::{CpuBuf, DType, Device, Spans, Tensor};
 pub use weight::{Precision, Weight};

@@ -5,13 +5,15 @@
 
 use rayon::prelude::*;
 
-use super::codec::{decode_lanes, decode_run, max_bits, round_lanes, round_run};
+use super::codec::{amax_bits, decode_lanes, decode_run, max_bits, round_lanes, round_run};
 use super::{Encoding, Fp8, Fp8Scales, TILE, Tile};
 use crate::Tensor;
 use crate::isa::{Isa, simd_fn};
 
-/// Columns whose 128 rows stay in the first-level cache while a column tile is measured and rounded.
-const STRIP: usize = 32;
+/// Columns measured and rounded together; their 128 rows stay in the second-level cache.
+const STRIP: usize = 256;
+/// Columns of one step: one vector, or two or four narrow ones.
+const LANES: usize = 16;
 /// Fewer elements than this are not worth a second thread.
 const SERIAL_ELEMENTS_MAX: usize = 1 << 14;
 
@@ -23,10 +25,8 @@ fn factors(amax_bits: u32, encoding: Encoding, kind: Fp8Scales) -> (f32, f32) {
         Encoding::E4m3 => 448.0,
         Encoding::E5m2 => 57344.0,
     };
-    if amax_bits == 0 {
-        return (1.0, 1.0);
-    }
-    match kind {
+    let empty = amax_bits == 0;
+    let (scale, inv) = match kind {
         // Below 1e-33 the quotient could overflow, and 0 · ∞ is NaN.
         Fp8Scales::F32 => (amax / top, (top / amax).min(f32::MAX)),
         Fp8Scales::Ue8m0 => {
@@ -36,7 +36,8 @@ fn factors(amax_bits: u32, encoding: Encoding, kind: Fp8Scales) -> (f32, f32) {
             let scale = if exponent == 0 { f32::from_bits(0x40_0000) } else { f32::from_bits(exponent << 23) };
             (scale, 1.0 / scale)
         }
-    }
+    };
+    (if empty { 1.0 } else { scale }, if empty { 1.0 } else { inv })
 }
 
 simd_fn! {
@@ -45,7 +46,7 @@ simd_fn! {
         let tiles = cols.div_ceil(TILE);
         for ((row, codes), scales) in values.chunks_mut(cols).zip(codes.chunks_mut(cols)).zip(scales.chunks_mut(tiles)) {
             for ((run, codes), scale) in row.chunks_mut(TILE).zip(codes.chunks_mut(TILE)).zip(scales) {
-                let amax = run.iter().fold(0, |acc, x| max_bits(acc, *x));
+                let amax = amax_bits(run);
                 let (s, inv) = factors(amax, encoding, kind);
                 *scale = s;
                 round_run(run, codes, encoding, inv, s);
@@ -59,7 +60,7 @@ simd_fn! {
     fn rows_values_body(values: &mut [f32], cols: usize, encoding: Encoding, kind: Fp8Scales) {
         for row in values.chunks_mut(cols) {
             for run in row.chunks_mut(TILE) {
-                let amax = run.iter().fold(0, |acc, x| max_bits(acc, *x));
+                let amax = amax_bits(run);
                 let (s, inv) = factors(amax, encoding, kind);
                 round_run(run, &mut [], encoding, inv, s);
             }
@@ -118,27 +119,74 @@ pub(crate) fn round_rows_values(isa: Isa, values: &mut [f32], cols: usize, encod
 
 simd_fn! {
     /// Rounds up to 128 rows of `cols` values in tiles of one column; `codes` may be empty.
-    fn columns_body(values: &mut [f32], codes: &mut [u8], scales: &mut [f32], cols: usize, encoding: Encoding, kind: Fp8Scales) {
+    fn columns_body(
+        values: &mut [f32],
+        codes: &mut [u8],
+        scales: &mut [f32],
+        cols: usize,
+        encoding: Encoding,
+        kind: Fp8Scales,
+    ) {
         let mut first = 0;
         while first < cols {
-            let width = STRIP.min(cols - first);
-            let mut amax = [0u32; STRIP];
+            let range = first..(first + STRIP).min(cols);
+            let mut amax = [[0u32; LANES]; STRIP / LANES];
             for row in values.chunks(cols) {
-                for (a, x) in amax.iter_mut().zip(&row[first..first + width]) {
-                    *a = max_bits(*a, *x);
+                for (amax, x) in amax.iter_mut().zip(row[range.clone()].chunks(LANES)) {
+                    let x = load_lanes(x);
+                    for lane in 0..LANES {
+                        amax[lane] = max_bits(amax[lane], x[lane]);
+                    }
                 }
             }
-            let (mut scale, mut inv) = ([0f32; STRIP], [0f32; STRIP]);
-            for lane in 0..width {
-                (scale[lane], inv[lane]) = factors(amax[lane], encoding, kind);
+            let (mut scale, mut inv) = ([[0f32; LANES]; STRIP / LANES], [[0f32; LANES]; STRIP / LANES]);
+            let used = range.len().div_ceil(LANES);
+            for ((amax, scale), inv) in amax[..used].iter().zip(&mut scale).zip(&mut inv) {
+                for lane in 0..LANES {
+                    (scale[lane], inv[lane]) = factors(amax[lane], encoding, kind);
+                }
             }
-            scales[first..first + width].copy_from_slice(&scale[..width]);
+            scales[range.clone()].copy_from_slice(&scale.as_flattened()[..range.len()]);
             for (i, row) in values.chunks_mut(cols).enumerate() {
-                let codes = if codes.is_empty() { &mut [] } else { &mut codes[i * cols + first..i * cols + first + width] };
-                round_lanes(&mut row[first..first + width], codes, encoding, &inv, &scale);
+                let row = &mut row[range.clone()];
+                if codes.is_empty() {
+                    for ((x, scale), inv) in row.chunks_mut(LANES).zip(&scale).zip(&inv) {
+                        let mut lanes = load_lanes(x);
+                        round_lanes(&mut lanes, &mut [], encoding, inv, scale);
+                        store_lanes(x, &lanes);
+                    }
+                } else {
+                    let codes = &mut codes[i * cols + range.start..i * cols + range.end];
+                    for (((x, codes), scale), inv) in row.chunks_mut(LANES).zip(codes.chunks_mut(LANES)).zip(&scale).zip(&inv) {
+                        let mut lanes = load_lanes(x);
+                        let mut strip = [0u8; LANES];
+                        round_lanes(&mut lanes, &mut strip, encoding, inv, scale);
+                        store_lanes(x, &lanes);
+                        codes.copy_from_slice(&strip[..codes.len()]);
+                    }
+                }
             }
-            first += width;
+            first += STRIP;
         }
+    }
+}
+
+/// Part of a row, zero past its end. The constant length lets the loops over it become vectors.
+#[inline(always)]
+fn load_lanes(x: &[f32]) -> [f32; LANES] {
+    if let Ok(full) = x.try_into() {
+        return full;
+    }
+    let mut lanes = [0.0; LANES];
+    lanes[..x.len()].copy_from_slice(x);
+    lanes
+}
+
+#[inline(always)]
+fn store_lanes(x: &mut [f32], lanes: &[f32; LANES]) {
+    match <&mut [f32; LANES]>::try_from(&mut *x) {
+        Ok(full) => *full = *lanes,
+        Err(_) => x.copy_from_slice(&lanes[..x.len()]),
     }
 }
 
@@ -192,7 +240,7 @@ simd_fn! {
             let range = block * TILE..((block + 1) * TILE).min(cols);
             let mut amax = 0;
             for row in w.chunks(cols) {
-                amax = row[range.clone()].iter().fold(amax, |acc, x| max_bits(acc, *x));
+                amax = amax.max(amax_bits(&row[range.clone()]));
             }
             let (s, inv) = factors(amax, encoding, kind);
             *scale = s;
