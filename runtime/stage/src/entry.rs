@@ -51,6 +51,12 @@ pub trait Stage: Send + Sync + 'static {
         OutputFacts::new()
     }
 
+    /// Lines about a run of this stage before it runs (sizes, schedules), as names and values; `at_tokens` are token
+    /// counts at which schedules are wanted.
+    fn describe(_config: &Self::Config, _facts: &InputFacts, _at_tokens: &[u64]) -> Vec<(String, String)> {
+        Vec::new()
+    }
+
     /// Does the work, on an OS thread of its own.
     ///
     /// # Errors
@@ -75,8 +81,11 @@ pub struct StageEntry {
     resolve: fn(&Value) -> Result<Value, Error>,
     check: fn(&Value, &InputFacts, &mut Problems) -> Result<(), Error>,
     facts: fn(&Value, &InputFacts) -> Result<OutputFacts, Error>,
+    describe: DescribeFn,
     run: fn(&Value, &Value, &mut Ctx) -> Result<Value, Error>,
 }
+
+type DescribeFn = fn(&Value, &InputFacts, &[u64]) -> Result<Vec<(String, String)>, Error>;
 
 impl std::fmt::Debug for StageEntry {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -112,6 +121,7 @@ impl StageEntry {
                 Ok(())
             },
             facts: |config, facts| Ok(T::facts(&parse(config)?, facts)),
+            describe: |config, facts, at_tokens| Ok(T::describe(&parse(config)?, facts, at_tokens)),
             run: |config, inputs, ctx| Ok(T::run(parse(config)?, T::Inputs::from_json(inputs)?, ctx)?.to_json()),
         }
     }
@@ -184,6 +194,11 @@ impl StageEntry {
     /// [`Stage::facts`]; nothing when the config does not parse.
     pub fn facts(&self, config: &Value, facts: &InputFacts) -> OutputFacts {
         (self.facts)(config, facts).unwrap_or_default()
+    }
+
+    /// [`Stage::describe`]; nothing when the config does not parse.
+    pub fn describe(&self, config: &Value, facts: &InputFacts, at_tokens: &[u64]) -> Vec<(String, String)> {
+        (self.describe)(config, facts, at_tokens).unwrap_or_default()
     }
 
     /// [`Stage::run`] on JSON: inputs and outputs are `{port: {kind, digest} | [..]}`. A panic becomes an internal error.

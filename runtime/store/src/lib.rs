@@ -13,6 +13,7 @@
 //! that was committed, and of two writers exactly one wins.
 
 pub mod blocking;
+pub mod faults;
 
 mod blobs;
 mod checkpoints;
@@ -24,6 +25,8 @@ mod object;
 mod record;
 mod result;
 mod runs;
+#[cfg(test)]
+mod tests;
 
 pub use blobs::Sources;
 pub use checkpoints::{Checkpoint, FoundCheckpoint};

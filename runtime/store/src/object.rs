@@ -306,6 +306,3 @@ fn is_transient(error: &object_store::Error) -> bool {
     }
     false
 }
-
-#[cfg(test)]
-mod tests;
