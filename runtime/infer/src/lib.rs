@@ -18,6 +18,8 @@ mod speculate;
 mod tests;
 
 pub use decoder::{Decoder, Step};
+/// What a [`Decoder`] hands over.
+pub use dsv3_ops::Tensor;
 pub use engine::{Engine, Sink};
 pub use error::Error;
 pub use generate::{GenerateOptions, generate};
