@@ -2,7 +2,7 @@
 
 use dsv3_ops::{Param, ParamId, Tape, Var, elementwise, rms_norm};
 
-use crate::context::Context;
+use crate::context::{Context, Shape};
 use crate::mla::Mla;
 use crate::mlp::Mlp;
 use crate::moe::{Moe, Routing};
@@ -41,7 +41,7 @@ impl Block {
         let h = self.attention.forward(tape, w, &h, ctx);
         let x = elementwise::add_on_tape(tape, x, &h);
         let h = rms_norm::on_tape(tape, &x, &w[self.post_norm as usize], ctx.shape.eps);
-        let (h, routing) = self.feedforward.forward(tape, w, biases, &h, ctx);
+        let (h, routing) = self.feedforward.forward(tape, w, biases, &h, &ctx.shape);
         (elementwise::add_on_tape(tape, &x, &h), routing)
     }
 }
@@ -54,12 +54,12 @@ impl Feedforward {
         w: &[Param],
         biases: &[Vec<f32>],
         x: &Var,
-        ctx: &Context,
+        shape: &Shape,
     ) -> (Var, Option<Routing>) {
         match self {
             Self::Dense(mlp) => (mlp.forward(tape, w, x), None),
             Self::Moe(moe) => {
-                let (y, routing) = moe.forward(tape, w, &biases[moe.bias], &ctx.shape.router, x);
+                let (y, routing) = moe.forward(tape, w, &biases[moe.bias], &shape.router, x);
                 (y, Some(routing))
             }
         }

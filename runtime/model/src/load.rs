@@ -77,7 +77,10 @@ pub fn load(path: &Path, precision: LoadPrecision, trainable: bool) -> Result<Lo
             Ok(values)
         })
         .collect::<Result<Vec<_>, Error>>()?;
-    let model = Model::assemble(config.model.clone(), table, params, biases, target.unwrap_or(own));
+    let mut model = Model::assemble(config.model.clone(), table, params, biases, target.unwrap_or(own));
+    if !trainable {
+        model.freeze();
+    }
     Ok(Loaded { model, config, warnings })
 }
 

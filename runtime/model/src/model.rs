@@ -3,12 +3,13 @@
 //! FP32 masters exist when the model is trainable; products read the encoding made from them by [`Model::encode`]. In a
 //! BF16 or FP8 model the embedding and the head are BF16, norms and routers stay F32 (report §3.3.1).
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use dsv3_ops::{Param, Precision, Tensor, Weight};
 use rayon::prelude::*;
 
 use crate::context::Shape;
+use crate::decode::Prepared;
 use crate::weight_names::{BiasInfo, Graph, ParamInfo, Role, Table};
 use crate::{Error, ModelConfig, RopeScaling, init};
 
@@ -22,6 +23,8 @@ pub struct Model {
     pub(crate) biases: Vec<Vec<f32>>,
     pub(crate) shape: Arc<Shape>,
     pub(crate) precision: Precision,
+    /// What decoding reads, made on first use from the encodings of the moment.
+    pub(crate) prepared: OnceLock<Arc<Prepared>>,
 }
 
 impl Model {
@@ -48,7 +51,7 @@ impl Model {
         precision: Precision,
     ) -> Self {
         let shape = Arc::new(Shape::new(&config));
-        Self { config, table: Arc::new(table), params, biases, shape, precision }
+        Self { config, table: Arc::new(table), params, biases, shape, precision, prepared: OnceLock::new() }
     }
 
     /// How products of the linear layers are taken.
@@ -68,6 +71,7 @@ impl Model {
 
     /// The parameters, for an optimiser. Call [`Model::encode`] after changing masters.
     pub fn params_mut(&mut self) -> &mut [Param] {
+        self.prepared = OnceLock::new();
         &mut self.params
     }
 
@@ -93,11 +97,13 @@ impl Model {
     pub fn set_master(&mut self, id: dsv3_ops::ParamId, master: Tensor) {
         let info = &self.table.params[id as usize];
         assert_eq!(info.shape, master.shape(), "{}", info.name);
+        self.prepared = OnceLock::new();
         self.params[id as usize] = trainable(info, master, self.precision);
     }
 
     /// Makes every encoding anew from its master; once per optimiser step.
     pub fn encode(&mut self) {
+        self.prepared = OnceLock::new();
         let (table, precision) = (&self.table, self.precision);
         self.params.par_iter_mut().zip(&table.params).for_each(|(param, info)| {
             if let Some(master) = &param.master {
@@ -112,9 +118,16 @@ impl Model {
         self.encode();
     }
 
-    /// Drops masters, to serve a model that was trained here.
+    /// Drops masters and lays weights out for decoding, to serve a model that was trained here.
     pub fn freeze(&mut self) {
-        self.params.iter_mut().for_each(|param| param.master = None);
+        self.prepared = OnceLock::new();
+        let linear = |role| matches!(role, Role::Linear | Role::Projection);
+        self.params.par_iter_mut().zip(&self.table.params).for_each(|(param, info)| {
+            param.master = None;
+            if linear(info.role) {
+                param.compute = param.compute.prepack();
+            }
+        });
     }
 
     /// Whether masters exist.
@@ -133,12 +146,6 @@ impl Model {
         self.shape = Arc::new(Shape::new(&config));
         self.config = config;
         Ok(())
-    }
-
-    /// Logits `[rows, vocab]` of hidden states `[rows, d]` that went through `model.norm` (or `shared_head.norm`), F32.
-    pub fn logits(&self, hidden: &Tensor) -> Tensor {
-        let head = self.params[self.graph().head as usize].compute.dequantize();
-        dsv3_ops::linear::forward(hidden, &Weight::from_plain(head))
     }
 
     /// Bytes of the encodings that products read.

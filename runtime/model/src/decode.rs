@@ -1,0 +1,231 @@
+//! The inference form: new tokens of many sequences at once over the latent cache, with absorbed attention.
+//!
+//! For each layer: write the new rows `[norm(c) ; rope(k^R)]` to the cache, then let every new token attend to the rows up
+//! to its own position as multi-query attention, q̃ = W_UKᵀ q^C, o = W_UV õ. Report §2.1.1, `reference/deepseek-v3.md` §2.
+//! A prediction module drafts in the same way from its own rows of the same pages.
+//!
+//! **Invariant**: a token's hidden state is the same bits alone, in any batch, and however its prompt was cut into chunks:
+//! every op works row by row, and attention reads the cache only.
+
+use std::sync::Arc;
+
+use dsv3_ops::mla_decode::{self, Absorbed, CacheRows};
+use dsv3_ops::{Param, Tape, Tensor, Var, Weight, columns, elementwise, linear, rms_norm, rope};
+
+use crate::block::Block;
+use crate::kv_cache::{LatentCache, SeqId};
+use crate::weight_names::Role;
+use crate::{Error, Model};
+
+/// New tokens of one sequence; they follow what the cache holds.
+#[derive(Clone, Copy, Debug)]
+pub struct SeqStep<'a> {
+    /// The sequence.
+    pub seq: SeqId,
+    /// At least one token.
+    pub ids: &'a [u32],
+}
+
+/// New rows of one sequence for prediction module k: they follow the module's rows in the cache.
+#[derive(Clone, Copy, Debug)]
+pub struct MtpStep<'a> {
+    /// The sequence.
+    pub seq: SeqId,
+    /// Hidden states after the last norm of the main model (module 1) or of the module before, `[ids.len(), d]`, flat.
+    pub hidden: &'a [f32],
+    /// For each row, the token k places after it.
+    pub ids: &'a [u32],
+}
+
+/// Weights in the layout that decoding reads; made from the encodings on first use.
+#[derive(Debug)]
+pub(crate) struct Prepared {
+    /// Linear layers in panels, so that a product of few rows reads every byte once; the others as they are.
+    params: Vec<Param>,
+    /// Key and value expansion of every layer, prediction modules last.
+    absorbed: Vec<Absorbed>,
+    /// The head in F32: logits are not rounded whatever the precision, as in training.
+    head: Weight,
+}
+
+/// New rows of one call.
+struct Rows {
+    /// Sequence, first position and number of each step.
+    steps: Vec<(SeqId, usize, usize)>,
+    positions: Arc<[u32]>,
+}
+
+impl Rows {
+    fn new(steps: Vec<(SeqId, usize, usize)>) -> Self {
+        let positions = steps.iter().flat_map(|(_, first, count)| *first as u32..(first + count) as u32).collect();
+        Self { steps, positions }
+    }
+}
+
+impl Prepared {
+    fn new(model: &Model) -> Self {
+        let (config, graph) = (&model.config, model.graph());
+        let packed = |(param, info): (&Param, &crate::weight_names::ParamInfo)| match info.role {
+            Role::Linear | Role::Projection => Param { id: param.id, master: None, compute: param.compute.prepack() },
+            Role::Embedding | Role::Head | Role::Norm | Role::Router => Param { master: None, ..param.clone() },
+        };
+        let (heads, nope, value) = (config.num_attention_heads, config.qk_nope_head_dim, config.v_head_dim);
+        let blocks = graph.blocks.iter().chain(graph.mtp.iter().map(|module| &module.block));
+        let absorbed = blocks
+            .map(|block| Absorbed::new(&model.params[block.attention.kv_b as usize].compute, heads, nope, value))
+            .collect();
+        let head = model.params[graph.head as usize].compute.dequantize();
+        let params = model.params.iter().zip(model.infos()).map(packed).collect();
+        Self { params, absorbed, head: Weight::from_plain(head).prepack() }
+    }
+}
+
+impl Model {
+    fn prepared(&self) -> &Prepared {
+        self.prepared.get_or_init(|| Arc::new(Prepared::new(self)))
+    }
+
+    /// Logits `[rows, vocab]` of hidden states `[rows, d]` that went through `model.norm` (or `shared_head.norm`), F32.
+    pub fn logits(&self, hidden: &Tensor) -> Tensor {
+        linear::forward(hidden, &self.prepared().head)
+    }
+
+    /// Runs the new tokens of every step and adds them to the cache. Returns the hidden states after `model.norm`,
+    /// `[Σ ids, d]`, step by step.
+    ///
+    /// # Errors
+    /// When a token, a length or a sequence does not fit, or pages are lacking; the cache is unchanged then.
+    pub fn forward_cached(&self, cache: &mut LatentCache, steps: &[SeqStep<'_>]) -> Result<Tensor, Error> {
+        let counts: Vec<(SeqId, usize)> = steps.iter().map(|step| (step.seq, step.ids.len())).collect();
+        self.check_new(steps.iter().map(|step| (step.ids, cache.len(step.seq))))?;
+        cache.reserve(&counts)?;
+        let rows = Rows::new(counts.iter().map(|(seq, count)| (*seq, cache.len(*seq), *count)).collect());
+        let (tape, prepared) = (&mut Tape::inference(), self.prepared());
+        let ids: Vec<u32> = steps.iter().flat_map(|step| step.ids.iter().copied()).collect();
+        let mut x = self.embed(tape, &ids);
+        for (layer, block) in self.graph().blocks.iter().enumerate() {
+            x = self.block_cached(tape, prepared, block, layer, &x, cache, &rows);
+        }
+        counts.iter().for_each(|(seq, count)| cache.advance(*seq, *count));
+        Ok(self.final_norm(tape, &x).value)
+    }
+
+    /// Runs prediction module `module` (from 0) on new rows. Returns the hidden states after `shared_head.norm`,
+    /// `[Σ ids, d]`: [`Model::logits`] of them predict the token after each of `ids`.
+    ///
+    /// # Errors
+    /// When the module, a token, a size or a sequence does not fit, or a row would overtake the main layers; the cache
+    /// is unchanged then.
+    pub fn forward_mtp_cached(
+        &self,
+        cache: &mut LatentCache,
+        module: usize,
+        steps: &[MtpStep<'_>],
+    ) -> Result<Tensor, Error> {
+        let refused = |what: String| Error::Input { what };
+        let Some(parts) = self.graph().mtp.get(module) else {
+            return Err(refused(format!("the model has no prediction module {}", module + 1)));
+        };
+        let d = self.config.hidden_size;
+        self.check_new(steps.iter().map(|step| (step.ids, cache.mtp_len(step.seq, module))))?;
+        for step in steps {
+            if step.hidden.len() != step.ids.len() * d {
+                return Err(refused(format!("{} hidden values for {} rows of {d}", step.hidden.len(), step.ids.len())));
+            }
+            let (end, len) = (cache.mtp_len(step.seq, module) + step.ids.len(), cache.len(step.seq));
+            if end > len {
+                return Err(refused(format!("prediction row {end} of a sequence of {len} tokens")));
+            }
+        }
+        cache.reserve(&steps.iter().map(|step| (step.seq, 0)).collect::<Vec<_>>())?;
+        let row = |step: &MtpStep<'_>| (step.seq, cache.mtp_len(step.seq, module), step.ids.len());
+        let rows = Rows::new(steps.iter().map(row).collect());
+        let (tape, prepared) = (&mut Tape::inference(), self.prepared());
+        let ids: Vec<u32> = steps.iter().flat_map(|step| step.ids.iter().copied()).collect();
+        let hidden: Vec<f32> = steps.iter().flat_map(|step| step.hidden.iter().copied()).collect();
+        let hidden = tape.leaf(Tensor::f32(&[ids.len(), d], hidden));
+        let embedded = self.embed(tape, &ids);
+        let x = parts.combine(tape, &prepared.params, &embedded, &hidden, self.shape.eps);
+        let layer = self.config.num_hidden_layers + module;
+        let x = self.block_cached(tape, prepared, &parts.block, layer, &x, cache, &rows);
+        steps.iter().for_each(|step| cache.advance_mtp(step.seq, module, step.ids.len()));
+        Ok(rms_norm::on_tape(tape, &x, &prepared.params[parts.norm as usize], self.shape.eps).value)
+    }
+
+    /// Refuses tokens outside the vocabulary, empty steps and positions beyond the last.
+    fn check_new<'a>(&self, steps: impl Iterator<Item = (&'a [u32], usize)>) -> Result<(), Error> {
+        let (vocab, positions) = (self.config.vocab_size, self.config.max_position_embeddings);
+        for (ids, before) in steps {
+            if ids.is_empty() {
+                return Err(Error::Input { what: "a step without tokens".to_owned() });
+            }
+            if let Some(id) = ids.iter().find(|id| **id as usize >= vocab) {
+                return Err(Error::Input { what: format!("token {id} is outside the vocabulary of {vocab}") });
+            }
+            let len = before + ids.len();
+            if len > positions {
+                let what = format!("a sequence of {len} tokens, max_position_embeddings is {positions}");
+                return Err(Error::Input { what });
+            }
+        }
+        Ok(())
+    }
+
+    /// One layer on new rows `x` `[R, d]`; `layer` numbers its rows in the cache.
+    fn block_cached(
+        &self,
+        tape: &mut Tape,
+        prepared: &Prepared,
+        block: &Block,
+        layer: usize,
+        x: &Var,
+        cache: &mut LatentCache,
+        rows: &Rows,
+    ) -> Var {
+        let (w, eps) = (&prepared.params, self.shape.eps);
+        let h = rms_norm::on_tape(tape, x, &w[block.input_norm as usize], eps);
+        let h = self.attention_cached(tape, prepared, block, layer, &h, cache, rows);
+        let x = elementwise::add_on_tape(tape, x, &h);
+        let h = rms_norm::on_tape(tape, &x, &w[block.post_norm as usize], eps);
+        let (h, _) = block.feedforward.forward(tape, w, &self.biases, &h, &self.shape);
+        elementwise::add_on_tape(tape, &x, &h)
+    }
+
+    fn attention_cached(
+        &self,
+        tape: &mut Tape,
+        prepared: &Prepared,
+        block: &Block,
+        layer: usize,
+        x: &Var,
+        cache: &mut LatentCache,
+        rows: &Rows,
+    ) -> Var {
+        let (shape, w, attention) = (&*self.shape, &prepared.params, &block.attention);
+        let count = x.value.rows();
+        let (q, latent) = attention.project(tape, w, x, shape.eps);
+        let (c, k_rope) = columns::split(&latent.value, shape.rank);
+        let c = rms_norm::forward(&c, &w[attention.kv_a_norm as usize].compute, shape.eps);
+        let k_rope = rope::forward(&k_rope, 0, &rows.positions, &shape.table);
+        let (c, k_rope) = (c.as_f32().chunks_exact(shape.rank), k_rope.as_f32().chunks_exact(shape.rope));
+        let places = rows.steps.iter().flat_map(|(seq, first, count)| (*first..first + count).map(move |p| (*seq, p)));
+        for (((seq, position), c), k_rope) in places.zip(c).zip(k_rope) {
+            cache.write(layer, seq, position, c, k_rope);
+        }
+        let q = q.value.reshape(&[count, shape.heads, shape.nope + shape.rope]);
+        let q = rope::forward(&q, shape.nope, &rows.positions, &shape.table);
+        let q = prepared.absorbed[layer].query(&q);
+        let pages: Vec<_> = rows.steps.iter().map(|(seq, ..)| cache.pages(layer, *seq)).collect();
+        let seen: Vec<CacheRows<'_>> = rows
+            .steps
+            .iter()
+            .zip(&pages)
+            .flat_map(|((_, first, count), pages)| {
+                (*first..first + count).map(move |position| CacheRows { pages, len: position + 1 })
+            })
+            .collect();
+        let o = mla_decode::forward(&q, &seen, shape.rank, shape.scale);
+        let o = tape.leaf(prepared.absorbed[layer].value(&o));
+        linear::on_tape(tape, &o, &w[attention.o as usize])
+    }
+}
