@@ -51,6 +51,8 @@ mod files;
 mod keys;
 mod ports;
 mod shape;
+#[cfg(test)]
+mod tests;
 
 pub use closing::Closing;
 pub use ctx::{Ctx, CtxParts};

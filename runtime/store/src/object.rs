@@ -100,7 +100,8 @@ impl Store {
             fs::create_dir_all(&folder)?;
             fs::canonicalize(folder)
         };
-        let root = open(folder).map_err(StoreError::io("open the store", folder))?;
+        let root =
+            open(folder).map_err(|source| StoreError::Io { op: "open the store", path: folder.to_owned(), source })?;
         let objects = LocalFileSystem::new_with_prefix(&root)
             .map_err(|error| StoreError::object("open the store", &root.display().to_string(), error))?;
         Ok(Self::with_parts(url, Arc::new(objects), ObjectPath::default(), Some(root)))
@@ -116,7 +117,12 @@ impl Store {
         Self::with_parts(url, objects, ObjectPath::default(), None)
     }
 
-    fn with_parts(url: &str, objects: Arc<dyn ObjectStore>, prefix: ObjectPath, local: Option<PathBuf>) -> Self {
+    pub(crate) fn with_parts(
+        url: &str,
+        objects: Arc<dyn ObjectStore>,
+        prefix: ObjectPath,
+        local: Option<PathBuf>,
+    ) -> Self {
         let inner = Inner { url: url.to_owned(), objects, prefix, local, verified: Mutex::default() };
         Self { inner: Arc::new(inner) }
     }

@@ -4,7 +4,9 @@ mod lease;
 mod objects;
 mod stages;
 
-use std::{fs, path::PathBuf};
+use std::{fs, path::PathBuf, sync::Arc};
+
+use object_store::{memory::InMemory, path::Path as ObjectPath};
 
 use crate::Store;
 
@@ -27,7 +29,9 @@ impl Drop for TempFolder {
     }
 }
 
-/// A memory store, and a local one in `folder`.
-pub(crate) fn both(folder: &TempFolder) -> [Store; 2] {
-    [Store::with_memory(), folder.store()]
+/// A memory store, one below a prefix as in a shared bucket, and a local one in `folder`.
+pub(crate) fn each(folder: &TempFolder) -> [Store; 3] {
+    let prefix = ObjectPath::from("team/runs");
+    let below = Store::with_parts("s3://bucket/team/runs", Arc::new(InMemory::new()), prefix, None);
+    [Store::with_memory(), below, folder.store()]
 }

@@ -6,7 +6,7 @@ use bytes::Bytes;
 use dsv3_core::{Digest, ErrorKind, FileEntry, Manifest};
 use object_store::memory::InMemory;
 
-use super::{TempFolder, both};
+use super::{TempFolder, each};
 use crate::{
     Create, Sources, Store, StoreError,
     faults::{Fault, Faults, FaultyObjects},
@@ -21,7 +21,7 @@ fn faulty() -> (Store, Faults) {
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn of_racing_creates_exactly_one_wins() {
     let folder = TempFolder::new();
-    for store in both(&folder) {
+    for store in each(&folder) {
         for round in 0..8 {
             let path = format!("stages/k/checkpoints/{round}.json");
             let racers: Vec<_> = (0..32)
@@ -46,7 +46,7 @@ async fn of_racing_creates_exactly_one_wins() {
 #[tokio::test]
 async fn objects_are_listed_read_and_deleted() {
     let folder = TempFolder::new();
-    for store in both(&folder) {
+    for store in each(&folder) {
         for path in ["runs/b/plan.json", "runs/a/plan.json", "runs/x.json"] {
             store.create(path, Bytes::from_static(b"1")).await.unwrap();
         }
@@ -89,7 +89,7 @@ async fn a_cut_or_changed_blob_is_refused_and_healed_by_the_next_put() {
 async fn blobs_and_manifests_round_trip() {
     let folder = TempFolder::new();
     let (third, _) = faulty();
-    for store in both(&folder).into_iter().chain([third]) {
+    for store in each(&folder).into_iter().chain([third]) {
         let digest = store.put_blob(Bytes::from_static(b"abc")).await.unwrap();
         assert_eq!(digest, Digest::of(b"abc"));
         assert_eq!(store.get_blob(digest).await.unwrap(), "abc");
@@ -152,5 +152,6 @@ fn urls_that_name_no_store_are_refused() {
         assert_eq!(error.kind(), ErrorKind::Invalid, "{url}: {error}");
     }
     let error = Store::open("file:///proc/no-such-folder/store").unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Unavailable);
     assert!(error.to_string().contains("/proc/no-such-folder"), "{error}");
 }
