@@ -1,0 +1,94 @@
+//! What a run is handed by its stage: events, a clock, a way to be stopped, and a place for checkpoints.
+
+use dsv3_core::{Cancel, Clock, Event, Events, Level};
+use dsv3_store::Checkpoint;
+
+use crate::{
+    checkpoint::Snapshot,
+    error::{Error, Result},
+    trainer::Trainer,
+};
+
+/// Where checkpoints go and come from.
+pub trait CheckpointStore {
+    /// The newest valid checkpoint.
+    ///
+    /// # Errors
+    /// When the store cannot be read.
+    fn latest(&self) -> Result<Option<Checkpoint>, dsv3_core::Error>;
+
+    /// Content of a file of a checkpoint.
+    ///
+    /// # Errors
+    /// When the file is missing or damaged.
+    fn read(&self, checkpoint: &Checkpoint, name: &str) -> Result<Vec<u8>, dsv3_core::Error>;
+
+    /// Commits a checkpoint; durable when this returns.
+    ///
+    /// # Errors
+    /// When the store refuses, or another process has taken over.
+    fn save(&self, snapshot: Snapshot) -> Result<(), dsv3_core::Error>;
+}
+
+impl CheckpointStore for dsv3_store::blocking::Checkpoints {
+    fn latest(&self) -> Result<Option<Checkpoint>, dsv3_core::Error> {
+        Ok(Self::latest(self)?)
+    }
+
+    fn read(&self, checkpoint: &Checkpoint, name: &str) -> Result<Vec<u8>, dsv3_core::Error> {
+        let Some(entry) = checkpoint.file(name) else {
+            return Err(dsv3_core::Error::data(format!("checkpoint {} has no file {name}", checkpoint.seq)));
+        };
+        Ok(Self::read(self, entry)?.to_vec())
+    }
+
+    fn save(&self, snapshot: Snapshot) -> Result<(), dsv3_core::Error> {
+        Self::save(self, snapshot.step, snapshot.files, snapshot.state)?;
+        Ok(())
+    }
+}
+
+/// What a run is handed.
+#[derive(Clone, Copy)]
+pub struct TrainHost<'a> {
+    /// Name of the stage in the pipeline, for events.
+    pub stage: &'a str,
+    /// Where events go.
+    pub events: &'a Events,
+    /// Asks the run to stop at a checkpoint.
+    pub cancel: &'a Cancel,
+    /// Read for rates and checkpoint intervals only; nothing of it reaches the state.
+    pub clock: &'a dyn Clock,
+    /// Checkpoints of the stage.
+    pub checkpoints: &'a dyn CheckpointStore,
+}
+
+impl TrainHost<'_> {
+    pub(crate) fn metric(&self, name: &str, step: u64, value: f64) {
+        let (stage, name) = (self.stage.to_owned(), name.to_owned());
+        self.events.emit(Event::Metric { stage, name, step, value });
+    }
+
+    pub(crate) fn progress(&self, done: u64, total: u64, unit: &str) {
+        let (stage, unit) = (self.stage.to_owned(), unit.to_owned());
+        self.events.emit(Event::Progress { stage, done, total: Some(total), unit });
+    }
+
+    pub(crate) fn log(&self, level: Level, message: String) {
+        self.events.emit(Event::Log { stage: self.stage.to_owned(), level, message });
+    }
+
+    /// Newest checkpoint of the stage.
+    pub(crate) fn latest(&self) -> Result<Option<Checkpoint>> {
+        self.checkpoints.latest().map_err(|source| Error::Store { source })
+    }
+
+    /// Puts a checkpoint's content in place of the trainer's.
+    pub(crate) fn restore(&self, trainer: &mut Trainer, checkpoint: &Checkpoint) -> Result<()> {
+        trainer.restore(&checkpoint.state, |name| self.checkpoints.read(checkpoint, name))
+    }
+
+    pub(crate) fn save(&self, trainer: &Trainer) -> Result<()> {
+        self.checkpoints.save(trainer.snapshot()?).map_err(|source| Error::Store { source })
+    }
+}

@@ -1,0 +1,236 @@
+//! The loop on a small model: interruption, rewinding, phases.
+
+use std::{
+    cell::{Cell, RefCell},
+    collections::BTreeMap,
+    sync::{Arc, Mutex},
+};
+
+use dsv3_core::{Cancel, Digest, Event, Events, FileEntry, VirtualClock};
+use dsv3_model::{Batch, ModelConfig};
+use dsv3_ops::Precision;
+use dsv3_store::Checkpoint;
+
+use super::*;
+use crate::{
+    adamw::AdamWConfig,
+    host::CheckpointStore,
+    loss::MicroBatch,
+    plan::Schedules,
+    schedule::{BatchSchedule, LrSchedule, Switched},
+    supervised::{Request, Source, StepData, Supervised},
+    trainer::TrainerConfig,
+};
+
+#[derive(Default)]
+struct Memory {
+    list: RefCell<Vec<Checkpoint>>,
+    blobs: RefCell<BTreeMap<Digest, Vec<u8>>>,
+}
+
+impl CheckpointStore for Memory {
+    fn latest(&self) -> Result<Option<Checkpoint>, dsv3_core::Error> {
+        Ok(self.list.borrow().last().cloned())
+    }
+    fn read(&self, checkpoint: &Checkpoint, name: &str) -> Result<Vec<u8>, dsv3_core::Error> {
+        let entry = checkpoint.file(name).ok_or_else(|| dsv3_core::Error::data(name))?;
+        Ok(self.blobs.borrow()[&entry.digest].clone())
+    }
+    fn save(&self, snapshot: Snapshot) -> Result<(), dsv3_core::Error> {
+        let mut files = Vec::new();
+        for (path, bytes) in snapshot.files {
+            let entry = FileEntry { path, digest: Digest::of(&bytes), bytes: bytes.len() as u64 };
+            self.blobs.borrow_mut().insert(entry.digest, bytes);
+            files.push(entry);
+        }
+        let seq = self.list.borrow().len() as u64 + 1;
+        // The store keeps JSON text, so the state must survive it.
+        let state = serde_json::from_str(&snapshot.state.to_string()).unwrap();
+        self.list.borrow_mut().push(Checkpoint { seq, step: snapshot.step, state, files });
+        Ok(())
+    }
+}
+
+/// Rows of a counting language; `bad` positions are rows of noise that the loss jumps on.
+struct Counting {
+    total: u64,
+    bad: std::ops::Range<u64>,
+    stop_at: Option<u64>,
+    cancel: Cancel,
+    poison: Cell<bool>,
+}
+
+impl Source for Counting {
+    fn next(&mut self, request: Request<'_>) -> Result<Option<StepData>, dsv3_core::Error> {
+        let (positions, cursor) =
+            crate::guard::next_positions(request.cursor, request.sequences, self.total, request.excluded);
+        if positions.is_empty() {
+            return Ok(None);
+        }
+        if self.stop_at.is_some_and(|at| cursor >= at) {
+            self.cancel.cancel();
+        }
+        let row = |at: &u64| -> Vec<u32> {
+            let next = |i: u64| if self.bad.contains(at) { 40 + (i * i + 7 * at) % 20 } else { (at + i) % 7 };
+            (0..13).map(|i| next(i) as u32).collect()
+        };
+        let mut micro: MicroBatch = Batch::from_rows(positions.iter().map(row)).into();
+        if self.poison.get() && positions.contains(&9) {
+            micro.weights = Some(vec![f32::INFINITY; micro.batch.tokens()]);
+        }
+        Ok(Some(StepData { micro_batches: vec![micro], cursor }))
+    }
+
+    fn validation(&mut self) -> Result<Vec<MicroBatch>, dsv3_core::Error> {
+        Ok(vec![Batch::from_rows([[0_u32, 1, 2, 3, 4, 5, 6, 0]]).into()])
+    }
+}
+
+fn config() -> ModelConfig {
+    serde_json::from_value(serde_json::json!({
+        "vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "moe_intermediate_size": 8,
+        "num_hidden_layers": 2, "first_k_dense_replace": 1, "num_attention_heads": 2, "q_lora_rank": 8,
+        "kv_lora_rank": 8, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 4, "n_routed_experts": 4,
+        "n_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "routed_scaling_factor": 2.5,
+        "max_position_embeddings": 64, "num_nextn_predict_layers": 1, "initializer_range": 0.1,
+    }))
+    .unwrap()
+}
+
+fn trainer() -> Trainer {
+    let model = dsv3_model::Model::init(&config(), Precision::F32, 3).unwrap();
+    Trainer::new(model, TrainerConfig { adamw: AdamWConfig::default(), ..TrainerConfig::default() }).unwrap()
+}
+
+fn work(cancel: &Cancel) -> Supervised<Counting> {
+    let schedules = Schedules {
+        lr: LrSchedule::constant(3e-3),
+        batch: BatchSchedule::constant(2),
+        mtp_weight: Switched::constant(0.3),
+        bias_speed: Switched::constant(0.01),
+    };
+    let source = Counting { total: 1000, bad: 0..0, stop_at: None, cancel: cancel.clone(), poison: Cell::new(false) };
+    Supervised::new(source, schedules)
+}
+
+struct Bench {
+    memory: Memory,
+    cancel: Cancel,
+    steps: Arc<Mutex<Vec<u64>>>,
+    logs: Arc<Mutex<Vec<String>>>,
+}
+
+impl Bench {
+    fn new() -> Self {
+        Self { memory: Memory::default(), cancel: Cancel::new(), steps: Arc::default(), logs: Arc::default() }
+    }
+
+    fn run(&self, trainer: &mut Trainer, work: &mut dyn Work, options: &RunOptions) -> Result<()> {
+        let (steps, logs) = (self.steps.clone(), self.logs.clone());
+        let events = Events::new(move |event| match event {
+            Event::Metric { name, step, .. } if name == "loss" => steps.lock().unwrap().push(step),
+            Event::Log { message, .. } => logs.lock().unwrap().push(message),
+            _ => {}
+        });
+        let clock = VirtualClock::default();
+        let host =
+            TrainHost { stage: "t", events: &events, cancel: &self.cancel, clock: &clock, checkpoints: &self.memory };
+        run_training(trainer, work, &host, options)
+    }
+}
+
+fn options(steps: u64) -> RunOptions {
+    RunOptions {
+        checkpoint: CheckpointEvery { steps: Some(4), minutes: None },
+        validate_steps: Some(5),
+        ..RunOptions::new(Horizon::Steps(steps))
+    }
+}
+
+fn same_bits(a: &Trainer, b: &Trainer) {
+    let (a, b) = (a.snapshot().unwrap(), b.snapshot().unwrap());
+    assert_eq!(a.state, b.state);
+    assert!(a.files == b.files, "files differ");
+}
+
+#[test]
+fn an_interrupted_run_ends_with_the_same_bits() {
+    let whole = Bench::new();
+    let mut undisturbed = trainer();
+    whole.run(&mut undisturbed, &mut work(&whole.cancel), &options(12)).unwrap();
+    let losses = undisturbed.state.figures.get("loss").unwrap();
+    assert!(losses.last < losses.first, "{losses:?}");
+    assert!(undisturbed.state.figures.get("val_loss").unwrap().last < 5.0);
+
+    // Stopped after step 7, then killed (nothing saved) after step 10: goes on from the checkpoint at 8.
+    let cut = Bench::new();
+    let mut first = work(&cut.cancel);
+    first.source.stop_at = Some(14);
+    assert!(matches!(cut.run(&mut trainer(), &mut first, &options(12)), Err(Error::Cancelled)));
+    assert_eq!(cut.steps.lock().unwrap().last(), Some(&7));
+    let resumed = Bench { cancel: Cancel::new(), ..cut };
+    resumed.run(&mut trainer(), &mut work(&resumed.cancel), &options(10)).unwrap();
+    assert_eq!(resumed.steps.lock().unwrap()[7], 8);
+    resumed.memory.list.borrow_mut().retain(|checkpoint| checkpoint.step <= 8);
+    resumed.steps.lock().unwrap().clear();
+    let mut last = trainer();
+    resumed.run(&mut last, &mut work(&resumed.cancel), &options(12)).unwrap();
+    assert_eq!(*resumed.steps.lock().unwrap(), [9, 10, 11, 12]);
+    same_bits(&undisturbed, &last);
+}
+
+#[test]
+fn a_step_that_is_not_finite_is_skipped_and_recorded() {
+    let bench = Bench::new();
+    let (mut trainer, mut work) = (trainer(), work(&bench.cancel));
+    work.source.poison.set(true);
+    bench.run(&mut trainer, &mut work, &options(8)).unwrap();
+    let records = &trainer.state.guard.records;
+    assert_eq!((records.len(), records[0].step, records[0].samples), (1, 5, [8, 10]));
+    assert_eq!(trainer.optimizer.updates(), 7);
+}
+
+#[test]
+fn a_spike_goes_back_and_leaves_its_samples_out() {
+    let mut options = options(24);
+    options.guard = GuardConfig { window_steps: 4, spike_steps: 2, spike_deviations: 2.0, ..GuardConfig::default() };
+    let run = |bad: std::ops::Range<u64>| {
+        let bench = Bench::new();
+        let (mut trainer, mut work) = (trainer(), work(&bench.cancel));
+        work.schedules.lr = LrSchedule::constant(1e-2);
+        work.source.bad = bad;
+        bench.run(&mut trainer, &mut work, &options).unwrap();
+        (trainer, bench)
+    };
+    let (spiked, bench) = run(36..40);
+    let records = &spiked.state.guard.records;
+    assert_eq!(records.len(), 1, "{records:?}");
+    assert_eq!((records[0].step, records[0].last_step, records[0].samples), (19, 20, [36, 40]));
+    assert!(bench.logs.lock().unwrap()[0].contains("going back to step 16"));
+    assert_eq!((spiked.state.cursor, spiked.optimizer.updates()), (52, 24));
+    let steps = bench.steps.lock().unwrap().clone();
+    assert_eq!(steps[18..24], [19, 20, 17, 18, 19, 20]);
+}
+
+#[test]
+fn phases_resume_where_they_were() {
+    let run_phases = |bench: &Bench, phases: u32| {
+        let mut trainer = trainer();
+        for phase in 0..phases {
+            if phase > 0 {
+                let config = *trainer.config();
+                trainer = trainer.next_phase(config);
+            }
+            bench.run(&mut trainer, &mut work(&bench.cancel), &options(5)).unwrap();
+        }
+        trainer
+    };
+    let whole = Bench::new();
+    let undisturbed = run_phases(&whole, 2);
+    assert_eq!(*whole.steps.lock().unwrap(), (1..=10).collect::<Vec<_>>());
+    let cut = Bench::new();
+    run_phases(&cut, 1);
+    cut.steps.lock().unwrap().clear();
+    same_bits(&undisturbed, &run_phases(&cut, 2));
+    assert_eq!(*cut.steps.lock().unwrap(), (6..=10).collect::<Vec<_>>());
+}
