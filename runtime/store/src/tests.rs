@@ -1,5 +1,6 @@
 //! One suite for every kind of store, and the faults.
 
+mod kill;
 mod lease;
 mod objects;
 mod stages;
@@ -29,9 +30,14 @@ impl Drop for TempFolder {
     }
 }
 
-/// A memory store, one below a prefix as in a shared bucket, and a local one in `folder`.
-pub(crate) fn each(folder: &TempFolder) -> [Store; 3] {
+/// A memory store, one below a prefix as in a shared bucket, a local one in `folder`, and the one `DSV3_TEST_STORE` names
+/// (a prefix of its own for each call; `moto_server` serves for s3).
+pub(crate) fn each(folder: &TempFolder) -> Vec<Store> {
     let prefix = ObjectPath::from("team/runs");
     let below = Store::with_parts("s3://bucket/team/runs", Arc::new(InMemory::new()), prefix, None);
-    [Store::with_memory(), below, folder.store()]
+    let mut stores = vec![Store::with_memory(), below, folder.store()];
+    if let Ok(url) = std::env::var("DSV3_TEST_STORE") {
+        stores.push(Store::open(&format!("{url}/{}", crate::nonce())).unwrap());
+    }
+    stores
 }
