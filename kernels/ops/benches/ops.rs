@@ -30,7 +30,7 @@ fn time(name: &str, flops: f64, mut work: impl FnMut()) {
     }
     work();
     let mut best = f64::INFINITY;
-    for _ in 0..10 {
+    for _ in 0..30 {
         let start = Instant::now();
         work();
         best = best.min(start.elapsed().as_secs_f64());

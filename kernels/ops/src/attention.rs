@@ -6,17 +6,20 @@
 //!
 //! Work is divided by (sequence, head). Inside, tiles of [`TILE`] queries meet all keys up to their last one, so
 //! scores take `TILE` × length floats per thread and never length². Saved: the inputs and log-sum-exp per query.
-//! Backward, per tile, with P computed again: D_i = Σ_j P_ij dP_ij, dS = scale · P ∘ (dP − D), dP = dO·Vᵀ; dQ = dS·K,
-//! dK += dSᵀ·Q, dV += Pᵀ·dO, tiles in order; the shared key's gradient adds heads in order.
+//! Backward, per tile, with P computed again: D_i = Σ_j P_ij dP_ij, dS = P ∘ (dP − D), dP = dO·Vᵀ; dQ = scale · dS·K,
+//! dK += scale · dSᵀ·Q, dV += Pᵀ·dO, tiles in order; the shared key's gradient adds heads in order.
 //! Paper: report §2.1.1, `reference/deepseek-v3.md` §2.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use rayon::prelude::*;
 
-use crate::gemm::{Mat, gemm_serial};
+use crate::gemm::{self, Mat, Product, Right};
+use crate::isa::{Isa, simd_fn};
+use crate::panels::Panels;
 
-use crate::vector::{dot, exp, exp_in_place, for_row_chunks, max, wide};
+use crate::vector::{dot, exp_in_place, for_row_chunks, max};
 use crate::{Back, Grads, Job, Spans, Tape, Tensor, Var, VarId};
 
 /// Queries computed together.
@@ -70,13 +73,14 @@ struct Inputs<'a> {
 }
 
 impl<'a> Inputs<'a> {
-    /// Keys of one head with the rotary part appended, contiguous: `[len, dq]`.
-    fn keys(&self, first: usize, len: usize, head: usize) -> Vec<f32> {
+    /// Scaled keys of one head with the rotary part appended, contiguous: `[len, dq]`.
+    fn scaled_keys(&self, first: usize, len: usize, head: usize) -> Vec<f32> {
         let s = self.sizes;
         let mut keys = Vec::with_capacity(len * s.dq());
         for token in first..first + len {
-            keys.extend_from_slice(&self.kv[(token * s.heads + head) * s.dkv()..][..s.dn]);
-            keys.extend_from_slice(&self.k_rope[token * s.dr..][..s.dr]);
+            let plain = &self.kv[(token * s.heads + head) * s.dkv()..][..s.dn];
+            let rotary = &self.k_rope[token * s.dr..][..s.dr];
+            keys.extend(plain.iter().chain(rotary).map(|k| k * self.scale));
         }
         keys
     }
@@ -88,24 +92,16 @@ impl<'a> Inputs<'a> {
 
     fn values(&self, first: usize, head: usize) -> Mat<'a> {
         let s = self.sizes;
-        Mat {
-            data: &self.kv[(first * s.heads + head) * s.dkv() + s.dn..],
-            row_stride: s.heads * s.dkv(),
-            col_stride: 1,
-        }
-    }
-
-    /// Scaled scores of queries `tile` of a sequence that starts at `first` against keys `0..tile.end`.
-    fn scores(&self, first: usize, tile: &std::ops::Range<usize>, head: usize, keys: &[f32], into: &mut Vec<f32>) {
-        let width = tile.end;
-        into.resize(tile.len() * width, 0.0);
-        let q = self.queries(first + tile.start, head);
-        let k = Mat::transposed(keys, self.sizes.dq());
-        gemm_serial(tile.len(), width, self.sizes.dq(), q, k, into, width, false);
+        Mat::rows(&self.kv[(first * s.heads + head) * s.dkv() + s.dn..], s.heads * s.dkv())
     }
 }
 
-fn tiles(len: usize) -> impl Iterator<Item = std::ops::Range<usize>> {
+/// `c[m, n] (+)= a[m, k] · b[k, n]` in the calling thread, `c` contiguous.
+fn product([m, n, k]: [usize; 3], a: Mat<'_>, b: &dyn Right, c: &mut [f32], accumulate: bool) {
+    gemm::run_serial(Product { m, n, k, a, b, c, c_stride: n, accumulate });
+}
+
+fn tiles(len: usize) -> impl Iterator<Item = Range<usize>> {
     (0..len.div_ceil(TILE)).map(move |i| i * TILE..len.min((i + 1) * TILE))
 }
 
@@ -171,39 +167,41 @@ fn evaluate(q: &Tensor, kv: &Tensor, k_rope: &Tensor, spans: &Spans, scale: f32)
     (Tensor::f32(&[tokens, heads * dv], out), logsumexp)
 }
 
-fn one_head(inputs: &Inputs<'_>, range: std::ops::Range<usize>, head: usize, out: &mut [f32], logsumexp: &mut [f32]) {
-    let (len, dv) = (range.len(), inputs.sizes.dv);
-    let keys = inputs.keys(range.start, len, head);
-    let mut scores = Vec::new();
+fn one_head(inputs: &Inputs<'_>, range: Range<usize>, head: usize, out: &mut [f32], logsumexp: &mut [f32]) {
+    let (first, len, dq, dv) = (range.start, range.len(), inputs.sizes.dq(), inputs.sizes.dv);
+    let keys = Panels::new(Mat::transposed(&inputs.scaled_keys(first, len, head), dq), dq, len);
+    let values = Panels::new(inputs.values(first, head), len, dv);
+    let mut scores = vec![0.0; TILE.min(len) * len];
     for tile in tiles(len) {
-        let width = tile.end;
-        inputs.scores(range.start, &tile, head, &keys, &mut scores);
-        wide(|| {
-            for (i, row) in tile.clone().zip(scores.chunks_exact_mut(width)) {
-                let (seen, unseen) = row.split_at_mut(i + 1);
-                logsumexp[i] = softmax(seen, inputs.scale);
-                unseen.fill(0.0);
-            }
-        });
+        let (rows, width) = (tile.len(), tile.end);
+        let scores = &mut scores[..rows * width];
+        product([rows, width, dq], inputs.queries(first + tile.start, head), &keys, scores, false);
+        let mut inverse_totals = [0.0; TILE];
+        let statistics = (&mut logsumexp[tile.clone()], &mut inverse_totals);
+        softmax_tile(Isa::best(), scores, width, tile.start, statistics);
         let out = &mut out[tile.start * dv..tile.end * dv];
-        let values = inputs.values(range.start, head);
-        gemm_serial(tile.len(), dv, width, Mat::rows(&scores, width), values, out, dv, false);
+        product([rows, dv, width], Mat::rows(scores, width), &values, out, false);
+        for (out, inverse) in out.chunks_exact_mut(dv).zip(&inverse_totals) {
+            for o in out {
+                *o *= inverse;
+            }
+        }
     }
 }
 
-/// Turns scores into probabilities of `scale · scores`; returns their log-sum-exp.
-#[inline(always)]
-fn softmax(scores: &mut [f32], scale: f32) -> f32 {
-    for s in scores.iter_mut() {
-        *s *= scale;
+simd_fn! {
+    /// Turns scaled scores into e^(score − largest), 0 where a query does not see; writes log-sum-exp and 1 / Σ.
+    fn softmax_tile(scores: &mut [f32], width: usize, start: usize, statistics: (&mut [f32], &mut [f32; TILE])) {
+        let (logsumexp, inverse_totals) = statistics;
+        for (i, row) in scores.chunks_exact_mut(width).enumerate() {
+            let (seen, unseen) = row.split_at_mut(start + i + 1);
+            let largest = max(seen);
+            let total = exp_in_place(seen, largest);
+            unseen.fill(0.0);
+            inverse_totals[i] = 1.0 / total;
+            logsumexp[i] = largest + total.ln();
+        }
     }
-    let largest = max(scores);
-    let total = exp_in_place(scores, largest);
-    let inverse = 1.0 / total;
-    for p in scores.iter_mut() {
-        *p *= inverse;
-    }
-    largest + total.ln()
 }
 
 struct AttentionBack {
@@ -254,7 +252,7 @@ struct HeadGrads<'a> {
 
 fn one_head_back(
     inputs: &Inputs<'_>,
-    range: std::ops::Range<usize>,
+    range: Range<usize>,
     head: usize,
     d_out: &[f32],
     logsumexp: &[f32],
@@ -262,40 +260,46 @@ fn one_head_back(
 ) {
     let s = inputs.sizes;
     let (first, len, dq, dv) = (range.start, range.len(), s.dq(), s.dv);
-    let keys = inputs.keys(first, len, head);
+    let keys = inputs.scaled_keys(first, len, head);
+    let keys_by_token = Panels::new(Mat::rows(&keys, dq), len, dq);
+    let keys_by_column = Panels::new(Mat::transposed(&keys, dq), dq, len);
     let values = inputs.values(first, head);
-    let values_t = Mat { row_stride: values.col_stride, col_stride: values.row_stride, ..values };
-    let (mut p, mut ds) = (Vec::new(), Vec::new());
+    let values_t = Panels::new(Mat { row_stride: 1, col_stride: values.row_stride, ..values }, dv, len);
+    let mut p = vec![0.0; TILE.min(len) * len];
+    let mut ds = vec![0.0; TILE.min(len) * len];
     for tile in tiles(len) {
-        let (width, rows) = (tile.end, tile.len());
-        let d_out = Mat::rows(&d_out[((first + tile.start) * s.heads + head) * dv..], s.heads * dv);
-        inputs.scores(first, &tile, head, &keys, &mut p);
-        ds.resize(rows * width, 0.0);
-        gemm_serial(rows, width, dv, d_out, values_t, &mut ds, width, false);
-        wide(|| {
-            for ((i, p), ds) in tile.clone().zip(p.chunks_exact_mut(width)).zip(ds.chunks_exact_mut(width)) {
-                score_grads(&mut p[..=i], &mut ds[..=i], inputs.scale, logsumexp[i]);
-                p[i + 1..].fill(0.0);
-                ds[i + 1..].fill(0.0);
-            }
-        });
+        let (rows, width) = (tile.len(), tile.end);
+        let (p, ds) = (&mut p[..rows * width], &mut ds[..rows * width]);
         let queries = inputs.queries(first + tile.start, head);
+        let d_out = Mat::rows(&d_out[((first + tile.start) * s.heads + head) * dv..], s.heads * dv);
+        product([rows, width, dq], queries, &keys_by_column, p, false);
+        product([rows, width, dv], d_out, &values_t, ds, false);
+        score_grads_tile(Isa::best(), p, ds, width, tile.start, &logsumexp[tile.clone()]);
         let tile_dq = &mut grads.dq[tile.start * dq..tile.end * dq];
-        gemm_serial(rows, dq, width, Mat::rows(&ds, width), Mat::rows(&keys, dq), tile_dq, dq, false);
-        gemm_serial(width, dq, rows, Mat::transposed(&ds, width), queries, &mut grads.dk[..width * dq], dq, true);
-        gemm_serial(width, dv, rows, Mat::transposed(&p, width), d_out, &mut grads.dv[..width * dv], dv, true);
+        product([rows, dq, width], Mat::rows(ds, width), &keys_by_token, tile_dq, false);
+        product([width, dq, rows], Mat::transposed(ds, width), &queries, &mut grads.dk[..width * dq], true);
+        product([width, dv, rows], Mat::transposed(p, width), &d_out, &mut grads.dv[..width * dv], true);
+    }
+    for d in grads.dk.iter_mut() {
+        *d *= inputs.scale;
     }
 }
 
-/// Turns scores into probabilities and the probabilities' gradients into those of the unscaled scores.
-#[inline(always)]
-fn score_grads(p: &mut [f32], ds: &mut [f32], scale: f32, logsumexp: f32) {
-    for p in p.iter_mut() {
-        *p = exp(*p * scale - logsumexp);
-    }
-    let level = dot(p, ds);
-    for (d, p) in ds.iter_mut().zip(p.iter()) {
-        *d = scale * p * (*d - level);
+simd_fn! {
+    /// Turns scaled scores, and the gradients of their probabilities, into probabilities and gradients of scores; the
+    /// tile starts at query `start`, and what a query does not see becomes 0.
+    fn score_grads_tile(p: &mut [f32], ds: &mut [f32], width: usize, start: usize, logsumexp: &[f32]) {
+        for (i, (p, ds)) in p.chunks_exact_mut(width).zip(ds.chunks_exact_mut(width)).enumerate() {
+            let (p, p_unseen) = p.split_at_mut(start + i + 1);
+            let (ds, ds_unseen) = ds.split_at_mut(start + i + 1);
+            exp_in_place(p, logsumexp[i]);
+            let level = dot(p, ds);
+            for (d, p) in ds.iter_mut().zip(p.iter()) {
+                *d = p * (*d - level);
+            }
+            p_unseen.fill(0.0);
+            ds_unseen.fill(0.0);
+        }
     }
 }
 

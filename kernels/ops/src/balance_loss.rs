@@ -3,8 +3,9 @@
 //! For a sequence of T tokens: f_i = N/(K·T) · #{t : i among the K largest unbiased scores of t}, not limited to
 //! groups; P_i = (1/T) Σ_t s_ti / Σ_j s_tj. f carries no gradient. Report §2.1.2, equations 17 to 20.
 
+use crate::isa::{Isa, simd_fn};
 use crate::router::take_largest;
-use crate::vector::{collect, dot, for_row_chunks, sum, wide};
+use crate::vector::{collect, dot, for_row_chunks, sum};
 use crate::{Back, Grads, Job, Spans, Tape, Tensor, Var, VarId};
 
 /// Tokens a thread differentiates at a time.
@@ -67,6 +68,17 @@ fn mean(parts: &[Part]) -> f32 {
     parts.iter().map(|part| part.loss).sum::<f32>() / sequences(parts)
 }
 
+simd_fn! {
+    /// d/ds_i of factor · Σ_j f_j s_j / Z with Z = Σ s: factor · (f_i − Σ_j f_j s_j / Z) / Z.
+    fn row_grads(s: &[f32], f: &[f32], factor: f32, ds: &mut [f32]) {
+        let total = sum(s);
+        let level = dot(f, s) / total;
+        for (d, f) in ds.iter_mut().zip(f) {
+            *d = factor / total * (f - level);
+        }
+    }
+}
+
 struct BalanceBack {
     scores: Var,
     spans: Spans,
@@ -84,19 +96,11 @@ impl Back for BalanceBack {
         }
         let mut ds = vec![0.0; s.len()];
         for_row_chunks(&mut ds, experts, CHUNK_TOKENS, 2 * experts, |first, chunk| {
-            wide(|| {
-                for (i, ds) in chunk.chunks_exact_mut(experts).enumerate() {
-                    let (row, span) = (&s[(first + i) * experts..][..experts], span_of_token[first + i]);
-                    let f = &self.parts[span].frequency;
-                    // d/ds_i of Σ_j f_j s_j / Z with Z = Σ s: (f_i − Σ_j f_j s_j / Z) / Z.
-                    let total = sum(row);
-                    let level = dot(f, row) / total;
-                    let factor = seed / self.spans.range(span).len() as f32 / total;
-                    for e in 0..experts {
-                        ds[e] = factor * (f[e] - level);
-                    }
-                }
-            })
+            for (i, ds) in chunk.chunks_exact_mut(experts).enumerate() {
+                let (row, span) = (&s[(first + i) * experts..][..experts], span_of_token[first + i]);
+                let factor = seed / self.spans.range(span).len() as f32;
+                row_grads(Isa::best(), row, &self.parts[span].frequency, factor, ds);
+            }
         });
         grads.add(self.scores.id(), Tensor::f32(self.scores.value.shape(), ds));
         None

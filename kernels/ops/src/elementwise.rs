@@ -1,6 +1,7 @@
 //! Small elementwise operations: sums of gradients and the residual addition y = a + b.
 
-use crate::vector::{for_row_chunks, wide};
+use crate::isa::{Isa, simd_fn};
+use crate::vector::for_row_chunks;
 use crate::{Back, Grads, Job, Tape, Tensor, Var, VarId};
 
 /// Elements a thread takes at a time.
@@ -13,12 +14,16 @@ const CHUNK: usize = 1 << 14;
 pub fn add_assign(acc: &mut [f32], x: &[f32]) {
     assert_eq!(acc.len(), x.len(), "gradients of one value differ in size");
     for_row_chunks(acc, 1, CHUNK, 1, |first, chunk| {
-        wide(|| {
-            for (a, b) in chunk.iter_mut().zip(&x[first..]) {
-                *a += b;
-            }
-        })
+        add_chunk(Isa::best(), chunk, &x[first..]);
     });
+}
+
+simd_fn! {
+    fn add_chunk(acc: &mut [f32], x: &[f32]) {
+        for (a, b) in acc.iter_mut().zip(x) {
+            *a += b;
+        }
+    }
 }
 
 /// `a + b`, elementwise; the shape is that of `a`.

@@ -11,12 +11,16 @@
 use half::bf16;
 
 use crate::gemm::{Mat, gemm_serial};
+use crate::isa::{Isa, simd_fn};
 
-use crate::vector::{add_scaled, dot, exp, exp_in_place, for_row_chunks, max, wide};
+use crate::vector::{LANES, exp, exp_in_place, fold, for_row_chunks, max};
+use crate::bfloat::widen;
 use crate::{Tensor, Weight};
 
 /// Query rows a thread multiplies at a time.
 const CHUNK_ROWS: usize = 32;
+/// Heads that share the loads of a cache row.
+const HEADS_BLOCK: usize = 4;
 
 /// One page of cache rows, `[page_tokens, rank + dr]`.
 #[derive(Clone, Copy, Debug)]
@@ -180,52 +184,122 @@ impl Walk {
                 Page::Bf16(data) => {
                     let mut page = std::mem::take(&mut self.page);
                     page.resize(tokens * self.width, 0.0);
-                    wide(|| {
-                        for (to, from) in page.iter_mut().zip(&data[..tokens * self.width]) {
-                            *to = f32::from_bits(u32::from(from.to_bits()) << 16);
-                        }
-                    });
+                    widen(Isa::best(), &data[..tokens * self.width], &mut page);
                     self.visit(q, &page, out);
                     self.page = page;
                 }
             }
         }
         assert!(left == 0 && rows.len > 0, "a query sees {} tokens, its pages lack {left}", rows.len);
-        wide(|| {
-            for (out, (_, total)) in out.chunks_exact_mut(self.rank).zip(&self.state) {
-                let inverse = 1.0 / total;
-                for o in out {
-                    *o *= inverse;
-                }
+        for (out, (_, total)) in out.chunks_exact_mut(self.rank).zip(&self.state) {
+            let inverse = 1.0 / total;
+            for o in out {
+                *o *= inverse;
             }
-        });
+        }
     }
 
     /// Adds one page, `[tokens, width]`, to the running result.
     fn visit(&mut self, q: &[f32], page: &[f32], out: &mut [f32]) {
-        let (width, rank) = (self.width, self.rank);
+        let tokens = page.len() / self.width;
+        if tokens > 0 {
+            self.scores.resize(self.heads * tokens, 0.0);
+            visit_page(Isa::best(), self, q, page, out);
+        }
+    }
+}
+
+simd_fn! {
+    fn visit_page(walk: &mut Walk, q: &[f32], page: &[f32], out: &mut [f32]) {
+        let (width, rank) = (walk.width, walk.rank);
         let tokens = page.len() / width;
-        self.scores.resize(self.heads * tokens, 0.0);
-        wide(|| {
-            for (j, key) in page.chunks_exact(width).enumerate() {
-                for (head, q) in q.chunks_exact(width).enumerate() {
-                    self.scores[head * tokens + j] = dot(q, key) * self.scale;
+        let blocked = walk.heads / HEADS_BLOCK * HEADS_BLOCK;
+        let (scores, scores_rest) = walk.scores.split_at_mut(blocked * tokens);
+        for (q, scores) in q.chunks_exact(HEADS_BLOCK * width).zip(scores.chunks_exact_mut(HEADS_BLOCK * tokens)) {
+            score::<HEADS_BLOCK>(q, page, width, scores);
+        }
+        for (q, scores) in q[blocked * width..].chunks_exact(width).zip(scores_rest.chunks_exact_mut(tokens)) {
+            score::<1>(q, page, width, scores);
+        }
+        let heads = walk.scores.chunks_exact_mut(tokens).zip(&mut walk.state).zip(out.chunks_exact_mut(rank));
+        for ((scores, state), out) in heads {
+            for s in scores.iter_mut() {
+                *s *= walk.scale;
+            }
+            let largest = max(scores).max(state.0);
+            let rescale = exp(state.0 - largest);
+            let total = exp_in_place(scores, largest);
+            *state = (largest, state.1 * rescale + total);
+            for o in out.iter_mut() {
+                *o *= rescale;
+            }
+        }
+        let (p, p_rest) = walk.scores.split_at(blocked * tokens);
+        let (out, out_rest) = out.split_at_mut(blocked * rank);
+        for (p, out) in p.chunks_exact(HEADS_BLOCK * tokens).zip(out.chunks_exact_mut(HEADS_BLOCK * rank)) {
+            add_values::<HEADS_BLOCK>(p, page, width, rank, out);
+        }
+        for (p, out) in p_rest.chunks_exact(tokens).zip(out_rest.chunks_exact_mut(rank)) {
+            add_values::<1>(p, page, width, rank, out);
+        }
+    }
+}
+
+/// `scores[h][j] = q[h] · page[j]` for H heads, which share the loads of a key.
+#[inline(always)]
+fn score<const H: usize>(q: &[f32], page: &[f32], width: usize, scores: &mut [f32]) {
+    let tokens = page.len() / width;
+    let whole = width / LANES * LANES;
+    for (j, key) in page.chunks_exact(width).enumerate() {
+        let mut sums = [[0.0_f32; LANES]; H];
+        for at in (0..whole).step_by(LANES) {
+            let key = &key[at..at + LANES];
+            for h in 0..H {
+                let q = &q[h * width + at..][..LANES];
+                for i in 0..LANES {
+                    sums[h][i] = q[i].mul_add(key[i], sums[h][i]);
                 }
             }
-            let heads = self.scores.chunks_exact_mut(tokens).zip(&mut self.state).zip(out.chunks_exact_mut(rank));
-            for ((scores, state), out) in heads {
-                let largest = max(scores).max(state.0);
-                let rescale = exp(state.0 - largest);
-                let total = exp_in_place(scores, largest);
-                *state = (largest, state.1 * rescale + total);
-                for o in out.iter_mut() {
-                    *o *= rescale;
-                }
-                for (p, key) in scores.iter().zip(page.chunks_exact(width)) {
-                    add_scaled(out, *p, &key[..rank]);
+        }
+        for h in 0..H {
+            for i in 0..width - whole {
+                sums[h][i] = q[h * width + whole + i].mul_add(key[whole + i], sums[h][i]);
+            }
+            scores[h * tokens + j] = fold(sums[h]);
+        }
+    }
+}
+
+/// `out[h] += Σ_j p[h][j] · page[j][..rank]` in order of j, for H heads, with the sums of 16 columns in registers.
+#[inline(always)]
+fn add_values<const H: usize>(p: &[f32], page: &[f32], width: usize, rank: usize, out: &mut [f32]) {
+    let tokens = page.len() / width;
+    let whole = rank / LANES * LANES;
+    for at in (0..whole).step_by(LANES) {
+        let mut sums = [[0.0_f32; LANES]; H];
+        for h in 0..H {
+            sums[h].copy_from_slice(&out[h * rank + at..][..LANES]);
+        }
+        for (j, key) in page.chunks_exact(width).enumerate() {
+            let key = &key[at..at + LANES];
+            for h in 0..H {
+                for i in 0..LANES {
+                    sums[h][i] = p[h * tokens + j].mul_add(key[i], sums[h][i]);
                 }
             }
-        });
+        }
+        for h in 0..H {
+            out[h * rank + at..][..LANES].copy_from_slice(&sums[h]);
+        }
+    }
+    for h in 0..H {
+        for column in whole..rank {
+            let mut sum = out[h * rank + column];
+            for j in 0..tokens {
+                sum = p[h * tokens + j].mul_add(page[j * width + column], sum);
+            }
+            out[h * rank + column] = sum;
+        }
     }
 }
 

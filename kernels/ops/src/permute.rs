@@ -6,7 +6,8 @@
 
 use std::sync::Arc;
 
-use crate::vector::{add_scaled, dot, for_row_chunks, wide};
+use crate::isa::{Isa, simd_fn};
+use crate::vector::{add_scaled, dot, for_row_chunks};
 use crate::{Back, Grads, Job, Tape, Tensor, Var, VarId};
 
 /// Rows a thread moves at a time.
@@ -102,24 +103,51 @@ impl Back for PermuteBack {
         let dy = grads.take(self.out)?;
         let (d, dy) = (self.shape.last().copied().unwrap_or(1), dy.as_f32());
         let mut dx = vec![0.0; self.dispatch.tokens() * d];
-        sum_slots(&mut dx, d, dy, &self.dispatch, |_| 1.0);
+        sum_slots(&mut dx, d, dy, &self.dispatch, &[]);
         grads.add(self.input, Tensor::f32(&self.shape, dx));
         None
     }
 }
 
-/// `out_t += Σ_k gate(choice) · y[slot of choice]`.
-fn sum_slots(out: &mut [f32], d: usize, y: &[f32], dispatch: &Dispatch, gate: impl Fn(usize) -> f32 + Sync + Send) {
+/// `out_t += Σ_k gate(t, k) · y[slot of (t, k)]`; no gates at all means 1.
+fn sum_slots(out: &mut [f32], d: usize, y: &[f32], dispatch: &Dispatch, gates: &[f32]) {
     let k = dispatch.top_k;
     for_row_chunks(out, d, CHUNK_ROWS, d * k, |first, chunk| {
-        wide(|| {
-            for (i, row) in chunk.chunks_exact_mut(d).enumerate() {
-                for choice in (first + i) * k..(first + i + 1) * k {
-                    add_scaled(row, gate(choice), &y[dispatch.slot_of_choice[choice] as usize * d..][..d]);
-                }
-            }
-        })
+        let gates = gates.get(first * k..).unwrap_or_default();
+        sum_chunk(Isa::best(), chunk, d, y, &dispatch.slot_of_choice[first * k..], gates, k);
     });
+}
+
+simd_fn! {
+    fn sum_chunk(out: &mut [f32], d: usize, y: &[f32], slots: &[u32], gates: &[f32], k: usize) {
+        for (i, row) in out.chunks_exact_mut(d).enumerate() {
+            for choice in i * k..(i + 1) * k {
+                let gate = gates.get(choice).copied().unwrap_or(1.0);
+                add_scaled(row, gate, &y[slots[choice] as usize * d..][..d]);
+            }
+        }
+    }
+}
+
+simd_fn! {
+    /// dy of the slots that hold `choices`.
+    fn slot_grad_chunk(dy: &mut [f32], d: usize, d_out: &[f32], choices: &[u32], gates: &[f32], k: usize) {
+        for (row, &choice) in dy.chunks_exact_mut(d).zip(choices) {
+            let (gate, grad) = (gates[choice as usize], &d_out[choice as usize / k * d..][..d]);
+            for j in 0..d {
+                row[j] = gate * grad[j];
+            }
+        }
+    }
+}
+
+simd_fn! {
+    /// Gate gradients of the choices whose slots are `slots`; `d_out` starts at the first choice's token.
+    fn gate_grad_chunk(d_gates: &mut [f32], d: usize, d_out: &[f32], slots: &[u32], y: &[f32], k: usize) {
+        for (i, (d_gate, &slot)) in d_gates.iter_mut().zip(slots).enumerate() {
+            *d_gate = dot(&d_out[i / k * d..][..d], &y[slot as usize * d..][..d]);
+        }
+    }
 }
 
 /// Σ_k gates[t, k] · y[slot of (t, k)]: `[tokens, d]` from `y` `[tokens · top_k, d]` and `gates` `[tokens, top_k]`.
@@ -136,8 +164,7 @@ pub fn combine_forward(y: &Tensor, gates: &Tensor, dispatch: &Dispatch) -> Tenso
         dispatch.slot_of_choice.len(),
     );
     let mut out = vec![0.0; tokens * d];
-    let gates = gates.as_f32();
-    sum_slots(&mut out, d, y.as_f32(), dispatch, |choice| gates[choice]);
+    sum_slots(&mut out, d, y.as_f32(), dispatch, gates.as_f32());
     Tensor::f32(&[tokens, d], out)
 }
 
@@ -162,23 +189,12 @@ impl Back for CombineBack {
         let (y, gates) = (self.y.value.as_f32(), self.gates.value.as_f32());
         let mut dy = vec![0.0; y.len()];
         for_row_chunks(&mut dy, d, CHUNK_ROWS, d, |first, chunk| {
-            wide(|| {
-                for (row, &choice) in chunk.chunks_exact_mut(d).zip(&self.dispatch.choice_of_slot[first..]) {
-                    let (gate, grad) = (gates[choice as usize], &d_out[choice as usize / k * d..][..d]);
-                    for j in 0..d {
-                        row[j] = gate * grad[j];
-                    }
-                }
-            })
+            slot_grad_chunk(Isa::best(), chunk, d, d_out, &self.dispatch.choice_of_slot[first..], gates, k);
         });
         let mut d_gates = vec![0.0; gates.len()];
         for_row_chunks(&mut d_gates, 1, CHUNK_ROWS * k, d, |first, chunk| {
-            wide(|| {
-                for (i, d_gate) in chunk.iter_mut().enumerate() {
-                    let slot = self.dispatch.slot_of_choice[first + i] as usize;
-                    *d_gate = dot(&d_out[(first + i) / k * d..][..d], &y[slot * d..][..d]);
-                }
-            })
+            let slots = &self.dispatch.slot_of_choice[first..];
+            gate_grad_chunk(Isa::best(), chunk, d, &d_out[first / k * d..], slots, y, k);
         });
         grads.add(self.y.id(), Tensor::f32(self.y.value.shape(), dy));
         grads.add(self.gates.id(), Tensor::f32(self.gates.value.shape(), d_gates));

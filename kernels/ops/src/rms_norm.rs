@@ -4,7 +4,8 @@
 //! chunks of rows that are added in order. Saved: x and ρ. (§2 of the report's equations; Zhang and Sennrich 2019.)
 
 use crate::elementwise::add_assign;
-use crate::vector::{collect, dot, for_row_chunks, wide};
+use crate::isa::{Isa, simd_fn};
+use crate::vector::{collect, dot, for_row_chunks};
 use crate::{Back, Grads, Job, Param, ParamId, Tape, Tensor, Var, VarId, Weight};
 
 /// Rows a thread normalises at a time.
@@ -34,25 +35,61 @@ fn normalise(x: &Tensor, w: &[f32], eps: f32) -> (Vec<f32>, Vec<f32>) {
     assert_eq!(d, w.len(), "rms_norm of width {d} with a weight of {}", w.len());
     let mut inverse_rms = vec![0.0; rows];
     for_row_chunks(&mut inverse_rms, 1, CHUNK_ROWS, d, |first, chunk| {
-        wide(|| {
-            for (i, rho) in chunk.iter_mut().enumerate() {
-                let row = &data[(first + i) * d..][..d];
-                *rho = 1.0 / (dot(row, row) / d as f32 + eps).sqrt();
-            }
-        })
+        inverse_rms_chunk(Isa::best(), &data[first * d..], d, eps, chunk);
     });
     let mut out = vec![0.0; rows * d];
     for_row_chunks(&mut out, d, CHUNK_ROWS, d, |first, chunk| {
-        wide(|| {
-            for (i, y) in chunk.chunks_exact_mut(d).enumerate() {
-                let (row, rho) = (&data[(first + i) * d..][..d], inverse_rms[first + i]);
-                for j in 0..d {
-                    y[j] = row[j] * rho * w[j];
-                }
-            }
-        })
+        scale_chunk(Isa::best(), &data[first * d..], w, &inverse_rms[first..], chunk);
     });
     (out, inverse_rms)
+}
+
+simd_fn! {
+    fn inverse_rms_chunk(x: &[f32], d: usize, eps: f32, out: &mut [f32]) {
+        for (rho, row) in out.iter_mut().zip(x.chunks_exact(d)) {
+            *rho = 1.0 / (dot(row, row) / d as f32 + eps).sqrt();
+        }
+    }
+}
+
+simd_fn! {
+    fn scale_chunk(x: &[f32], w: &[f32], inverse_rms: &[f32], out: &mut [f32]) {
+        let d = w.len();
+        for ((y, row), rho) in out.chunks_exact_mut(d).zip(x.chunks_exact(d)).zip(inverse_rms) {
+            for j in 0..d {
+                y[j] = row[j] * rho * w[j];
+            }
+        }
+    }
+}
+
+simd_fn! {
+    /// dx of some rows.
+    fn input_grad_chunk(x: &[f32], dy: &[f32], w: &[f32], inverse_rms: &[f32], dx: &mut [f32]) {
+        let d = w.len();
+        let rows = dx.chunks_exact_mut(d).zip(x.chunks_exact(d)).zip(dy.chunks_exact(d)).zip(inverse_rms);
+        for (((out, row), grad), rho) in rows {
+            for j in 0..d {
+                out[j] = grad[j] * w[j];
+            }
+            let pull = rho * rho * dot(out, row) / d as f32;
+            for j in 0..d {
+                out[j] = rho * (out[j] - row[j] * pull);
+            }
+        }
+    }
+}
+
+simd_fn! {
+    /// Adds dw of some rows.
+    fn weight_grad_chunk(x: &[f32], dy: &[f32], inverse_rms: &[f32], dw: &mut [f32]) {
+        let d = dw.len();
+        for ((x, dy), rho) in x.chunks_exact(d).zip(dy.chunks_exact(d)).zip(inverse_rms) {
+            for j in 0..d {
+                dw[j] += dy[j] * x[j] * rho;
+            }
+        }
+    }
 }
 
 struct RmsNormBack {
@@ -70,19 +107,8 @@ impl Back for RmsNormBack {
         let (x, dy_data) = (self.input.value.as_f32(), dy.as_f32());
         let mut dx = vec![0.0; x.len()];
         for_row_chunks(&mut dx, d, CHUNK_ROWS, 2 * d, |first, chunk| {
-            wide(|| {
-                for (i, out) in chunk.chunks_exact_mut(d).enumerate() {
-                    let (row, grad) = (&x[(first + i) * d..][..d], &dy_data[(first + i) * d..][..d]);
-                    let rho = self.inverse_rms[first + i];
-                    for j in 0..d {
-                        out[j] = grad[j] * w[j];
-                    }
-                    let pull = rho * rho * dot(out, row) / d as f32;
-                    for j in 0..d {
-                        out[j] = rho * (out[j] - row[j] * pull);
-                    }
-                }
-            })
+            let at = first * d;
+            input_grad_chunk(Isa::best(), &x[at..], &dy_data[at..], w, &self.inverse_rms[first..], chunk);
         });
         grads.add(self.input.id(), Tensor::f32(self.input.value.shape(), dx));
         Some(Job::new(move |weights| {
@@ -97,14 +123,9 @@ fn add_weight_grad(slot: &mut [f32], x: &[f32], dy: &[f32], inverse_rms: &[f32])
     let chunks = inverse_rms.len().div_ceil(GRAD_CHUNK_ROWS);
     let partials = collect(chunks, GRAD_CHUNK_ROWS * d, |chunk| {
         let mut partial = vec![0.0_f32; d];
-        wide(|| {
-            for row in chunk * GRAD_CHUNK_ROWS..inverse_rms.len().min((chunk + 1) * GRAD_CHUNK_ROWS) {
-                let (x, dy, rho) = (&x[row * d..][..d], &dy[row * d..][..d], inverse_rms[row]);
-                for j in 0..d {
-                    partial[j] += dy[j] * x[j] * rho;
-                }
-            }
-        });
+        let rows = chunk * GRAD_CHUNK_ROWS..inverse_rms.len().min((chunk + 1) * GRAD_CHUNK_ROWS);
+        let at = rows.start * d;
+        weight_grad_chunk(Isa::best(), &x[at..], &dy[at..], &inverse_rms[rows], &mut partial);
         partial
     });
     for partial in partials {

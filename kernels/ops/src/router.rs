@@ -6,7 +6,8 @@
 //! s + 1e-20). The bias only chooses: no gradient reaches it. (Report §2.1.2, `reference/deepseek-v3.md` §3.)
 
 use crate::gemm::{Mat, gemm};
-use crate::vector::{collect, for_row_chunks, sigmoid, wide};
+use crate::isa::{Isa, simd_fn};
+use crate::vector::{collect, for_row_chunks, sigmoid};
 use crate::{Back, Grads, Job, Param, ParamId, Tape, Tensor, Var, VarId, Weight};
 
 /// Tokens a thread routes at a time.
@@ -48,13 +49,26 @@ fn scores(x: &Tensor, w: &Tensor) -> Tensor {
     let mut out = vec![0.0; tokens * experts];
     gemm(tokens, experts, d, Mat::rows(x.as_f32(), d), Mat::transposed(w.as_f32(), d), &mut out, experts, false);
     for_row_chunks(&mut out, experts, CHUNK_TOKENS, 8 * experts, |_, chunk| {
-        wide(|| {
-            for s in chunk.iter_mut() {
-                *s = sigmoid(*s);
-            }
-        })
+        sigmoid_chunk(Isa::best(), chunk);
     });
     Tensor::f32(&[tokens, experts], out)
+}
+
+simd_fn! {
+    fn sigmoid_chunk(z: &mut [f32]) {
+        for z in z.iter_mut() {
+            *z = sigmoid(*z);
+        }
+    }
+}
+
+simd_fn! {
+    /// Turns gradients of scores into those of logits.
+    fn sigmoid_grad_chunk(d: &mut [f32], s: &[f32]) {
+        for (d, s) in d.iter_mut().zip(s) {
+            *d *= s * (1.0 - s);
+        }
+    }
 }
 
 struct ScoresBack {
@@ -70,11 +84,7 @@ impl Back for ScoresBack {
         let mut d_logits = grads.take(self.out)?;
         let s = self.scores.as_f32();
         for_row_chunks(d_logits.as_f32_mut(), 1, 1 << 13, 2, |first, chunk| {
-            wide(|| {
-                for (d, s) in chunk.iter_mut().zip(&s[first..]) {
-                    *d *= s * (1.0 - s);
-                }
-            })
+            sigmoid_grad_chunk(Isa::best(), chunk, &s[first..]);
         });
         let (experts, d, tokens) = (self.weight.rows(), self.weight.cols(), self.input.value.rows());
         let mut dx = vec![0.0; tokens * d];

@@ -2,7 +2,8 @@
 //!
 //! Backward: du = dy·g·σ; dg = dy·u·σ·(1 + g·(1 − σ)). Saved: g and u; σ is computed again.
 
-use crate::vector::{for_row_chunks, sigmoid, wide};
+use crate::isa::{Isa, simd_fn};
+use crate::vector::{for_row_chunks, sigmoid};
 use crate::{Back, Grads, Job, Tape, Tensor, Var, VarId};
 
 /// Elements a thread takes at a time.
@@ -19,14 +20,34 @@ pub fn forward(gate: &Tensor, up: &Tensor) -> Tensor {
     let (g, u) = (gate.as_f32(), up.as_f32());
     let mut out = vec![0.0; g.len()];
     for_row_chunks(&mut out, 1, CHUNK, WORK, |first, chunk| {
-        let (g, u) = (&g[first..][..chunk.len()], &u[first..][..chunk.len()]);
-        wide(|| {
-            for i in 0..chunk.len() {
-                chunk[i] = g[i] * sigmoid(g[i]) * u[i];
-            }
-        })
+        forward_chunk(Isa::best(), &g[first..], &u[first..], chunk);
     });
     Tensor::f32(gate.shape(), out)
+}
+
+simd_fn! {
+    fn forward_chunk(g: &[f32], u: &[f32], out: &mut [f32]) {
+        for ((out, g), u) in out.iter_mut().zip(g).zip(u) {
+            *out = g * sigmoid(*g) * u;
+        }
+    }
+}
+
+simd_fn! {
+    fn gate_grad_chunk(g: &[f32], u: &[f32], dy: &[f32], out: &mut [f32]) {
+        for (((out, g), u), dy) in out.iter_mut().zip(g).zip(u).zip(dy) {
+            let s = sigmoid(*g);
+            *out = dy * u * s * (1.0 + g * (1.0 - s));
+        }
+    }
+}
+
+simd_fn! {
+    fn up_grad_chunk(g: &[f32], dy: &[f32], out: &mut [f32]) {
+        for ((out, g), dy) in out.iter_mut().zip(g).zip(dy) {
+            *out = dy * g * sigmoid(*g);
+        }
+    }
 }
 
 /// [`forward`] with the gradients of both inputs.
@@ -48,23 +69,11 @@ impl Back for SwigluBack {
         let (g, u, dy) = (self.gate.value.as_f32(), self.up.value.as_f32(), dy.as_f32());
         let mut d_gate = vec![0.0; g.len()];
         for_row_chunks(&mut d_gate, 1, CHUNK, WORK, |first, chunk| {
-            let len = chunk.len();
-            let (g, u, dy) = (&g[first..][..len], &u[first..][..len], &dy[first..][..len]);
-            wide(|| {
-                for i in 0..len {
-                    let s = sigmoid(g[i]);
-                    chunk[i] = dy[i] * u[i] * s * (1.0 + g[i] * (1.0 - s));
-                }
-            })
+            gate_grad_chunk(Isa::best(), &g[first..], &u[first..], &dy[first..], chunk);
         });
         let mut d_up = vec![0.0; g.len()];
         for_row_chunks(&mut d_up, 1, CHUNK, WORK, |first, chunk| {
-            let (g, dy) = (&g[first..][..chunk.len()], &dy[first..][..chunk.len()]);
-            wide(|| {
-                for i in 0..chunk.len() {
-                    chunk[i] = dy[i] * g[i] * sigmoid(g[i]);
-                }
-            })
+            up_grad_chunk(Isa::best(), &g[first..], &dy[first..], chunk);
         });
         grads.add(self.gate.id(), Tensor::f32(self.gate.value.shape(), d_gate));
         grads.add(self.up.id(), Tensor::f32(self.up.value.shape(), d_up));

@@ -9,8 +9,8 @@
 use std::sync::Arc;
 
 use crate::gemm::{self, Mat, Product, Right, gemm};
-use crate::isa::Isa;
-use crate::vector::{exp, exp_in_place, for_row_chunks, max, wide};
+use crate::isa::{Isa, simd_fn};
+use crate::vector::{LANES, exp, exp_in_place, fold, for_row_chunks, max};
 use crate::weight::Operand;
 use crate::{Back, Grads, Job, Param, ParamId, Tape, Tensor, Var, VarId, Weight};
 
@@ -101,7 +101,7 @@ fn evaluate(h: &Tensor, weight: &Weight, targets: &[u32], options: Options) -> (
             for (i, result) in results.chunks_exact_mut(3).enumerate() {
                 let z = &logits[(first + i) * vocab..][..vocab];
                 let target = targets[chunk[first + i] as usize] as usize;
-                result.copy_from_slice(&row_statistics(z, target, options.want_entropy, &mut scratch));
+                row_statistics(Isa::best(), z, target, options.want_entropy, &mut scratch, result);
             }
         });
         for (&row, result) in chunk.iter().zip(results.chunks_exact(3)) {
@@ -122,30 +122,30 @@ fn product(m: usize, n: usize, k: usize, a: &[f32], b: &dyn Right, c: &mut [f32]
     gemm::run(Isa::best(), &mut [product]);
 }
 
-/// Log-probability of the target, logsumexp, entropy (0 unless wanted).
-fn row_statistics(z: &[f32], target: usize, want_entropy: bool, scratch: &mut [f32]) -> [f32; 3] {
-    wide(|| {
+simd_fn! {
+    /// `result` = log-probability of the target, logsumexp, entropy (0 unless wanted).
+    fn row_statistics(z: &[f32], target: usize, want_entropy: bool, scratch: &mut [f32], result: &mut [f32]) {
         let largest = max(z);
         scratch.copy_from_slice(z);
         let total = exp_in_place(scratch, largest);
         let log_total = total.ln();
-        let logsumexp = largest + log_total;
+        result[0] = z[target] - largest - log_total;
+        result[1] = largest + log_total;
         // Relative to the largest logit, so that large common offsets do not cancel.
-        let entropy = if want_entropy { log_total - shifted_dot(scratch, z, largest) / total } else { 0.0 };
-        [z[target] - largest - log_total, logsumexp, entropy]
-    })
+        result[2] = if want_entropy { log_total - shifted_dot(scratch, z, largest) / total } else { 0.0 };
+    }
 }
 
-/// Σ p_v · (z_v − shift).
+/// Σ p_v · (z_v − shift); a probability of 0 adds nothing, whatever its logit.
 #[inline(always)]
 fn shifted_dot(p: &[f32], z: &[f32], shift: f32) -> f32 {
-    let mut sum = 0.0_f64;
-    for (p, z) in p.iter().zip(z) {
-        if *p > 0.0 {
-            sum += f64::from(*p) * f64::from(z - shift);
+    let mut lanes = [0.0_f32; LANES];
+    for (p, z) in p.chunks(LANES).zip(z.chunks(LANES)) {
+        for (lane, (p, z)) in lanes.iter_mut().zip(p.iter().zip(z)) {
+            *lane += if *p > 0.0 { p * (z - shift) } else { 0.0 };
         }
     }
-    sum as f32
+    fold(lanes)
 }
 
 struct HeadBack {
@@ -190,21 +190,24 @@ impl Back for HeadBack {
     }
 }
 
+simd_fn! {
+    fn logit_grads(z: &mut [f32], target: usize, grad: f32, logsumexp: f32) {
+        for v in z.iter_mut() {
+            *v = -grad * exp(*v - logsumexp);
+        }
+        z[target] += grad;
+    }
+}
+
 impl HeadBack {
     /// Turns logits of the rows `chunk` into their gradients.
     fn to_logit_grads(&self, logits: &mut [f32], chunk: &[u32], d_logp: &[f32]) {
         let vocab = self.weight.outputs();
         for_row_chunks(logits, vocab, 4, 8 * vocab, |first, block| {
-            wide(|| {
-                for (i, z) in block.chunks_exact_mut(vocab).enumerate() {
-                    let row = chunk[first + i] as usize;
-                    let (grad, shift) = (d_logp[row], self.logsumexp[row]);
-                    for v in z.iter_mut() {
-                        *v = -grad * exp(*v - shift);
-                    }
-                    z[self.targets[row] as usize] += grad;
-                }
-            })
+            for (i, z) in block.chunks_exact_mut(vocab).enumerate() {
+                let row = chunk[first + i] as usize;
+                logit_grads(Isa::best(), z, self.targets[row] as usize, d_logp[row], self.logsumexp[row]);
+            }
         });
     }
 }

@@ -2,33 +2,15 @@
 //!
 //! **Invariant**: everything here is plain multiplication and addition in a written order (16 lanes, folded pairwise),
 //! never contracted and never reordered by the compiler, so wider instructions change the speed and not one bit.
-//! Code that wants wide instructions runs inside [`wide`].
+//! All are inlined into the loops that use them, which `simd_fn!` compiles once per instruction set.
 
 use rayon::prelude::*;
 
 /// Lanes of a reduction.
-const LANES: usize = 16;
+pub(crate) const LANES: usize = 16;
 
 /// Below this many elementary operations a loop stays in the calling thread.
 const PARALLEL_WORK_MIN: usize = 1 << 15;
-
-/// Runs `work` compiled for the widest instruction set found at run time.
-#[inline(always)]
-pub(crate) fn wide<R>(work: impl FnOnce() -> R) -> R {
-    #[cfg(target_arch = "x86_64")]
-    if std::is_x86_feature_detected!("avx2") {
-        #[allow(unsafe_code)] // The only way to enter a function compiled for more than the base instruction set.
-        // SAFETY: AVX2, the one feature `wide_avx2` needs, has just been detected.
-        return unsafe { wide_avx2(work) };
-    }
-    work()
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2")]
-fn wide_avx2<R>(work: impl FnOnce() -> R) -> R {
-    work()
-}
 
 /// e^x, relative error below 2e-7 in [-87.3, 88.3]; 0 below, saturating above, NaN stays NaN.
 #[inline(always)]
@@ -45,7 +27,7 @@ pub(crate) fn exp(x: f32) -> f32 {
     let p = p * r + 8.333_452e-3;
     let p = p * r + 4.166_579_6e-2;
     let p = p * r + 1.666_666_5e-1;
-    let p = p * r + 5.000_000_1e-1;
+    let p = p * r + 0.5;
     let p = p * (r * r) + r + 1.0;
     let exponent = (shifted.to_bits() as i32).wrapping_sub(MAGIC.to_bits() as i32).wrapping_add(127);
     let value = p * f32::from_bits((exponent as u32) << 23);
@@ -58,8 +40,9 @@ pub(crate) fn sigmoid(x: f32) -> f32 {
     1.0 / (1.0 + exp(-x))
 }
 
+/// Sum of the lanes, folded pairwise.
 #[inline(always)]
-fn fold(mut lanes: [f32; LANES]) -> f32 {
+pub(crate) fn fold(mut lanes: [f32; LANES]) -> f32 {
     let mut width = LANES / 2;
     while width > 0 {
         for i in 0..width {
@@ -129,13 +112,22 @@ pub(crate) fn add_scaled(acc: &mut [f32], scale: f32, x: &[f32]) {
     }
 }
 
-/// Turns `x` into e^(x - shift) and returns their sum.
+/// Turns `x` into e^(x - shift) and returns their sum, in 16 lanes.
 #[inline(always)]
 pub(crate) fn exp_in_place(x: &mut [f32], shift: f32) -> f32 {
-    for v in x.iter_mut() {
-        *v = exp(*v - shift);
+    let mut lanes = [0.0_f32; LANES];
+    let mut chunks = x.chunks_exact_mut(LANES);
+    for a in &mut chunks {
+        for i in 0..LANES {
+            a[i] = exp(a[i] - shift);
+            lanes[i] += a[i];
+        }
     }
-    sum(x)
+    for (i, a) in chunks.into_remainder().iter_mut().enumerate() {
+        *a = exp(*a - shift);
+        lanes[i] += *a;
+    }
+    fold(lanes)
 }
 
 /// Calls `work(first_row, chunk)` for chunks of `chunk_rows` rows of `out`, in parallel when rows × `row_work` is large.
@@ -185,15 +177,23 @@ mod tests {
         assert_eq!(sigmoid(-200.0), sigmoid(-200.0).abs());
     }
 
+    crate::isa::simd_fn! {
+        fn everything(x: &[f32], scratch: &mut [f32], results: &mut [f32; 4]) {
+            scratch.copy_from_slice(x);
+            *results = [dot(x, x), sum(x), max(x), exp_in_place(scratch, 1.5)];
+        }
+    }
+
     #[test]
-    fn wide_code_has_the_same_bits() {
+    fn every_instruction_set_gives_the_same_bits() {
         let x: Vec<f32> = (0..77).map(|i| (i as f32 * 0.7).sin() * 9.0).collect();
-        let mut narrow = x.clone();
-        let mut broad = x.clone();
-        let a = exp_in_place(&mut narrow, 1.5);
-        let b = wide(|| exp_in_place(&mut broad, 1.5));
-        assert_eq!((a.to_bits(), narrow), (b.to_bits(), broad));
-        assert_eq!(dot(&x, &x).to_bits(), wide(|| dot(&x, &x)).to_bits());
-        assert_eq!(max(&x), x.iter().copied().fold(f32::MIN, f32::max));
+        let run = |isa| {
+            let (mut scratch, mut results) = (vec![0.0; x.len()], [0.0; 4]);
+            everything(isa, &x, &mut scratch, &mut results);
+            (scratch, results)
+        };
+        let all: Vec<_> = crate::isa::Isa::all().into_iter().map(run).collect();
+        assert!(all.iter().all(|found| *found == all[0]));
+        assert_eq!(all[0].1[2], x.iter().copied().fold(f32::MIN, f32::max));
     }
 }
