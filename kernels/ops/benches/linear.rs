@@ -7,7 +7,9 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use dsv3_ops::testing::values;
-use dsv3_ops::{Fp8, Fp8Format, Fp8Scales, Param, Precision, Tape, Tensor, Weight, WeightGrads, grouped_linear, linear};
+use dsv3_ops::{
+    Fp8, Fp8Format, Fp8Scales, Param, Precision, Tape, Tensor, Weight, WeightGrads, grouped_linear, linear,
+};
 
 const FP8: Precision = Precision::Fp8 { format: Fp8Format::E4m3, scales: Fp8Scales::F32 };
 

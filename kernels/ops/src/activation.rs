@@ -7,10 +7,9 @@
 use half::bf16;
 use rayon::prelude::*;
 
-use crate::fp8::{Fp8, round_columns, round_rows, round_rows_values};
-use crate::isa::{Isa, simd_fn};
-use crate::weight::widen;
-use crate::{Precision, Tensor};
+use crate::fp8::{Encoding, Fill, Fp8, Fp8Scales, decode_rows, round_columns, round_rows};
+use crate::isa::Isa;
+use crate::{Precision, Tensor, bfloat, memory};
 
 /// A layer's input, kept for its weight gradient in as few bytes as the precision needs.
 #[derive(Clone)]
@@ -20,62 +19,56 @@ pub(crate) enum Saved {
     Fp8(Fp8),
 }
 
-simd_fn! {
-    /// Rounds to BF16 in place: nearest, ties to even.
-    fn round_bf16(values: &mut [f32]) {
-        for x in values {
-            let bits = x.to_bits();
-            let rounded = bits.wrapping_add(0x7fff).wrapping_add((bits >> 16) & 1) & 0xffff_0000;
-            let quiet = (bits | 0x40_0000) & 0xffff_0000;
-            *x = f32::from_bits(if bits & 0x7fff_ffff > f32::INFINITY.to_bits() { quiet } else { rounded });
-        }
+const CHUNK: usize = 1 << 14;
+
+/// Works on `CHUNK` elements at a time of `values` and what lies beside them, on several threads when there are several.
+fn by_chunks<T: Sync>(from: &[T], values: &mut [f32], work: impl Fn(&[T], &mut [f32]) + Sync) {
+    if values.len() <= CHUNK {
+        work(from, values);
+    } else {
+        values.par_chunks_mut(CHUNK).zip(from.par_chunks(CHUNK)).for_each(|(values, from)| work(from, values));
     }
 }
 
-simd_fn! {
-    /// Drops the low half of values already rounded to BF16.
-    fn narrow_bf16(values: &[f32], out: &mut [bf16]) {
-        for (o, x) in out.iter_mut().zip(values) {
-            *o = bf16::from_bits((x.to_bits() >> 16) as u16);
-        }
-    }
-}
-
-const CHUNK: usize = 1 << 15;
-
-fn rounded_bf16(mut values: Vec<f32>) -> Vec<f32> {
-    values.par_chunks_mut(CHUNK).for_each(|chunk| round_bf16(Isa::best(), chunk));
-    values
+fn rounded_bf16(x: &Tensor) -> Tensor {
+    let mut values = memory::buffer(x.numel());
+    by_chunks(x.as_f32(), &mut values, |x, values| {
+        values.copy_from_slice(x);
+        bfloat::round(Isa::best(), values);
+    });
+    Tensor::f32(x.shape(), values)
 }
 
 /// The values of `x` `[rows, k]` that the forward product reads, and, if `save`, what the weight gradient will need.
 pub(crate) fn input(x: &Tensor, precision: Precision, save: bool) -> (Tensor, Option<Saved>) {
     match precision {
         Precision::F32 => (x.clone(), save.then(|| Saved::F32(x.clone()))),
+        Precision::Bf16 if !save => (rounded_bf16(x), None),
         Precision::Bf16 => {
-            let values = rounded_bf16(x.as_f32().to_vec());
-            let saved = save.then(|| {
-                let mut narrow = vec![bf16::ZERO; values.len()];
-                narrow
-                    .par_chunks_mut(CHUNK)
-                    .zip(values.par_chunks(CHUNK))
-                    .for_each(|(o, x)| narrow_bf16(Isa::best(), x, o));
-                Saved::Bf16(Tensor::bf16(x.shape(), narrow))
-            });
-            (Tensor::f32(x.shape(), values), saved)
+            let (mut values, mut narrow) = (memory::buffer(x.numel()), vec![bf16::ZERO; x.numel()]);
+            (values.par_chunks_mut(CHUNK), narrow.par_chunks_mut(CHUNK), x.as_f32().par_chunks(CHUNK))
+                .into_par_iter()
+                .for_each(|(values, narrow, x)| {
+                    values.copy_from_slice(x);
+                    bfloat::round(Isa::best(), values);
+                    bfloat::narrow(Isa::best(), values, narrow);
+                });
+            (Tensor::f32(x.shape(), values), Some(Saved::Bf16(Tensor::bf16(x.shape(), narrow))))
         }
-        Precision::Fp8 { format, scales } => {
-            let values = x.as_f32().to_vec();
-            if save {
-                let (values, fp8) = round_rows(Isa::best(), values, x.cols(), format.forward(), scales);
-                (Tensor::f32(x.shape(), values), Some(Saved::Fp8(fp8)))
-            } else {
-                let mut values = values;
-                round_rows_values(Isa::best(), &mut values, x.cols(), format.forward(), scales);
-                (Tensor::f32(x.shape(), values), None)
-            }
+        Precision::Fp8 { format, scales } if save => {
+            let (values, fp8) = Fp8::round_rows(x, format.forward(), scales);
+            (values, Some(Saved::Fp8(fp8)))
         }
+        Precision::Fp8 { format, scales } => (rounded_rows(x, format.forward(), scales), None),
     }
+}
+
+fn rounded_rows(x: &Tensor, encoding: Encoding, scales: Fp8Scales) -> Tensor {
+    let mut values = memory::buffer(x.numel());
+    let from = x.as_f32();
+    let fill: Fill<'_> = &|range, out| out.copy_from_slice(&from[range]);
+    round_rows(Isa::best(), &mut values, &mut [], &mut [], x.cols(), encoding, scales, fill);
+    Tensor::f32(x.shape(), values)
 }
 
 /// The values of a saved input that the weight gradient reads.
@@ -83,13 +76,15 @@ pub(crate) fn saved_columns(saved: &Saved, precision: Precision, offsets: &[usiz
     match (saved, precision) {
         (Saved::F32(x), _) => x.clone(),
         (Saved::Bf16(x), _) => {
-            let mut values = vec![0.0; x.numel()];
-            values.par_chunks_mut(CHUNK).zip(x.as_bf16().par_chunks(CHUNK)).for_each(|(o, x)| widen(Isa::best(), x, o));
+            let mut values = memory::buffer(x.numel());
+            by_chunks(x.as_bf16(), &mut values, |x, values| bfloat::widen(Isa::best(), x, values));
             Tensor::f32(x.shape(), values)
         }
         (Saved::Fp8(x), Precision::Fp8 { format, scales }) => {
-            let mut values = x.dequantize().into_f32();
-            round_columns(Isa::best(), &mut values, &mut [], x.codes.cols(), offsets, format.forward(), scales);
+            let mut values = memory::buffer(x.codes.numel());
+            let (isa, cols) = (Isa::best(), x.codes.cols());
+            let fill: Fill<'_> = &|range, out| decode_rows(isa, x, range.start / cols, out);
+            round_columns(isa, &mut values, &mut [], cols, offsets, format.forward(), scales, fill);
             Tensor::f32(x.codes.shape(), values)
         }
         (Saved::Fp8(x), _) => x.dequantize(),
@@ -100,26 +95,31 @@ pub(crate) fn saved_columns(saved: &Saved, precision: Precision, offsets: &[usiz
 pub(crate) fn gradient_rows(dy: &Tensor, precision: Precision) -> Tensor {
     match precision {
         Precision::F32 => dy.clone(),
-        Precision::Bf16 => Tensor::f32(dy.shape(), rounded_bf16(dy.as_f32().to_vec())),
+        Precision::Bf16 => rounded_bf16(dy),
+        Precision::Fp8 { format, scales } => rounded_rows(dy, format.backward(), scales),
+    }
+}
+
+/// The values of `dy` `[rows, n]` that the weight gradient reads.
+/// `dy` is what [`gradient_to_keep`] kept.
+pub(crate) fn gradient_columns(dy: &Tensor, precision: Precision, offsets: &[usize]) -> Tensor {
+    match precision {
+        // Rounded for the input gradient already.
+        Precision::F32 | Precision::Bf16 => dy.clone(),
         Precision::Fp8 { format, scales } => {
-            let mut values = dy.as_f32().to_vec();
-            round_rows_values(Isa::best(), &mut values, dy.cols(), format.backward(), scales);
+            let mut values = memory::buffer(dy.numel());
+            let from = dy.as_f32();
+            let fill: Fill<'_> = &|range, out| out.copy_from_slice(&from[range]);
+            round_columns(Isa::best(), &mut values, &mut [], dy.cols(), offsets, format.backward(), scales, fill);
             Tensor::f32(dy.shape(), values)
         }
     }
 }
 
-/// The values of `dy` `[rows, n]` that the weight gradient reads.
-pub(crate) fn gradient_columns(dy: Tensor, precision: Precision, offsets: &[usize]) -> Tensor {
-    let shape = dy.shape().to_vec();
+/// What the weight gradient is computed from: `dy` itself, or the rounded `rows` where that rounding serves both products.
+pub(crate) fn gradient_to_keep(dy: Tensor, rows: Tensor, precision: Precision) -> Tensor {
     match precision {
-        Precision::F32 => dy,
-        Precision::Bf16 => Tensor::f32(&shape, rounded_bf16(dy.into_f32())),
-        Precision::Fp8 { format, scales } => {
-            let cols = dy.cols();
-            let mut values = dy.into_f32();
-            round_columns(Isa::best(), &mut values, &mut [], cols, offsets, format.backward(), scales);
-            Tensor::f32(&shape, values)
-        }
+        Precision::F32 | Precision::Bf16 => rows,
+        Precision::Fp8 { .. } => dy,
     }
 }

@@ -13,10 +13,10 @@ use std::sync::Arc;
 
 pub(crate) use codec::decode_run;
 use tiles::round_blocks;
-pub(crate) use tiles::{round_columns, round_rows, round_rows_values};
+pub(crate) use tiles::{Fill, decode_rows, round_columns, round_rows};
 
-use crate::Tensor;
 use crate::isa::Isa;
+use crate::{Tensor, memory};
 
 /// Values that share a scale lie in runs or squares of this size.
 pub const TILE: usize = 128;
@@ -128,7 +128,29 @@ impl Fp8 {
     /// # Panics
     /// When `x` is not F32.
     pub fn quantize_rows(x: &Tensor, encoding: Encoding, scales: Fp8Scales) -> Self {
-        round_rows(Isa::best(), x.as_f32().to_vec(), x.cols(), encoding, scales).1.with_shape(x.shape())
+        Self::round_rows(x, encoding, scales).1
+    }
+
+    /// As [`Fp8::quantize_rows`], with the dequantised values.
+    pub(crate) fn round_rows(x: &Tensor, encoding: Encoding, scales: Fp8Scales) -> (Tensor, Self) {
+        let (x_values, cols) = (x.as_f32(), x.cols());
+        let mut factor_shape = x.shape().to_vec();
+        if let Some(last) = factor_shape.last_mut() {
+            *last = cols.div_ceil(TILE);
+        }
+        let mut values = memory::buffer(x.numel());
+        let mut codes = vec![0; x.numel()];
+        let mut factors = vec![0.0; factor_shape.iter().product()];
+        let fill: Fill<'_> = &|range, out| out.copy_from_slice(&x_values[range]);
+        round_rows(Isa::best(), &mut values, &mut codes, &mut factors, cols, encoding, scales, fill);
+        let fp8 = Self {
+            codes: Tensor::u8(x.shape(), codes),
+            scales: Tensor::f32(&factor_shape, factors),
+            tile: Tile::Row128,
+            encoding,
+            offsets: Arc::new([]),
+        };
+        (Tensor::f32(x.shape(), values), fp8)
     }
 
     /// Quantises `x` `[rows, cols]` in tiles of 128 rows by one column. `offsets` bound the row segments (experts) at
@@ -137,12 +159,15 @@ impl Fp8 {
     /// # Panics
     /// When `x` is not F32 or `offsets` do not run from 0 to its row count.
     pub fn quantize_columns(x: &Tensor, offsets: &Arc<[usize]>, encoding: Encoding, scales: Fp8Scales) -> Self {
-        let mut values = x.as_f32().to_vec();
-        let mut codes = vec![0; values.len()];
-        let factors = round_columns(Isa::best(), &mut values, &mut codes, x.cols(), offsets, encoding, scales);
+        let (x_values, cols) = (x.as_f32(), x.cols());
+        let mut values = memory::buffer(x.numel());
+        let mut codes = vec![0; x.numel()];
+        let fill: Fill<'_> = &|range, out| out.copy_from_slice(&x_values[range]);
+        let factors = round_columns(Isa::best(), &mut values, &mut codes, cols, offsets, encoding, scales, fill);
+        memory::give_back(values);
         Self {
             codes: Tensor::u8(x.shape(), codes),
-            scales: Tensor::f32(&[factors.len() / x.cols().max(1), x.cols()], factors),
+            scales: Tensor::f32(&[factors.len() / cols.max(1), cols], factors),
             tile: Tile::Col128,
             encoding,
             offsets: offsets.clone(),
@@ -177,10 +202,5 @@ impl Fp8 {
     /// Bytes of codes and scales.
     pub fn bytes(&self) -> usize {
         self.codes.bytes() + self.scales.bytes()
-    }
-
-    /// The same codes under the shape `[.., cols]` with as many columns.
-    pub(crate) fn with_shape(self, shape: &[usize]) -> Self {
-        Self { codes: self.codes.reshape(shape), ..self }
     }
 }

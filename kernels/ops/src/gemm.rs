@@ -81,7 +81,12 @@ pub(crate) fn gemm_serial(
     c_stride: usize,
     accumulate: bool,
 ) {
-    let mut product = Product { m, n, k, a, b: &b, c, c_stride, accumulate };
+    run_serial(Product { m, n, k, a, b: &b, c, c_stride, accumulate });
+}
+
+/// One product in the calling thread.
+pub(crate) fn run_serial(mut product: Product<'_>) {
+    let (m, n) = (product.m, product.n);
     tile(Isa::best(), &check(&mut product), 0..m, 0..n);
 }
 

@@ -11,7 +11,7 @@ use crate::activation::{self, Saved};
 use crate::gemm::{self, Mat, Product};
 use crate::isa::Isa;
 use crate::weight::Operand;
-use crate::{Back, Grads, Job, Param, ParamId, Tape, Tensor, Var, VarId, Weight, WeightGrads};
+use crate::{Back, Grads, Job, Param, ParamId, Tape, Tensor, Var, VarId, Weight, WeightGrads, memory};
 
 /// `[slots, in]` → `[slots, out]`.
 ///
@@ -62,7 +62,7 @@ fn multiply(x: &Tensor, offsets: &[usize], w: &Weight) -> Tensor {
     let (n, k) = (w.outputs(), w.inputs());
     let mut shape = x.shape().to_vec();
     *shape.last_mut().expect("a linear input has columns") = n;
-    let mut y = vec![0.0; shape.iter().product()];
+    let mut y = memory::buffer(shape.iter().product());
     let operands: Vec<_> = (0..w.count()).map(|e| Operand::forward(w, e)).collect();
     rows_times(x.as_f32(), offsets, &operands, n, k, &mut y, false);
     Tensor::f32(&shape, y)
@@ -95,16 +95,17 @@ struct Backward {
 impl Back for Backward {
     fn inputs(self: Box<Self>, grads: &mut Grads) -> Option<Job> {
         let Self { x, shape, saved, offsets, outputs } = *self;
-        let arrived: Vec<_> =
+        let mut arrived: Vec<_> =
             outputs.into_iter().filter_map(|(y, id, w)| grads.take(y).map(|dy| (dy, id, w))).collect();
         if arrived.is_empty() {
             return None;
         }
-        let mut dx = vec![0.0; shape.iter().product()];
-        for (i, (dy, _, w)) in arrived.iter().enumerate() {
-            let dy = activation::gradient_rows(dy, w.precision());
+        let mut dx = memory::buffer(shape.iter().product());
+        for (i, (dy, _, w)) in arrived.iter_mut().enumerate() {
+            let rows = activation::gradient_rows(dy, w.precision());
             let operands: Vec<_> = (0..w.count()).map(|e| Operand::backward(w, e)).collect();
-            rows_times(dy.as_f32(), &offsets, &operands, w.inputs(), w.outputs(), &mut dx, i > 0);
+            rows_times(rows.as_f32(), &offsets, &operands, w.inputs(), w.outputs(), &mut dx, i > 0);
+            *dy = activation::gradient_to_keep(dy.clone(), rows, w.precision());
         }
         grads.add(x, Tensor::f32(&shape, dx));
         Some(Job::new(move |weights| weight_gradients(&saved, &offsets, arrived, weights)))
@@ -121,7 +122,7 @@ fn weight_gradients(
     let Some((_, _, first)) = arrived.first() else { return };
     let x = activation::saved_columns(saved, first.precision(), offsets);
     for (dy, id, w) in arrived {
-        let dy = activation::gradient_columns(dy, w.precision(), offsets);
+        let dy = activation::gradient_columns(&dy, w.precision(), offsets);
         let (n, k) = (w.outputs(), w.inputs());
         let slot = weights.slot(id, w.shape());
         let xs: Vec<_> = offsets.windows(2).map(|r| Mat::rows(&x.as_f32()[r[0] * k..r[1] * k], k)).collect();
@@ -217,6 +218,35 @@ mod tests {
             };
             close(&grads.take(input.id()).expect("dx"), &dx);
             close(weights.get(0).expect("dw"), &dw);
+        }
+    }
+
+    #[test]
+    fn threads_and_deferred_jobs_do_not_change_bits() {
+        let offsets: Arc<[usize]> = Arc::new([0, 700, 700, 701, 1100]);
+        let (x, w, dy) = (values(&[1100, 140], 1), values(&[4, 72, 140], 2), values(&[1100, 72], 3));
+        let fp8 = Precision::Fp8 { format: Fp8Format::Hybrid, scales: Fp8Scales::F32 };
+        for precision in [Precision::F32, Precision::Bf16, fp8] {
+            let p = Param { compute: Weight::encode(&w, &precision), ..param(0, &w) };
+            let step = |threads: usize, split: bool| {
+                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("a pool");
+                pool.install(|| {
+                    let mut tape = Tape::new();
+                    let input = tape.leaf(x.clone());
+                    let ys = on_tape_many(&mut tape, &input, &offsets, &[&p, &p]);
+                    let mut weights = WeightGrads::default();
+                    let seeds = ys.iter().map(|y| (y.id(), dy.clone())).collect();
+                    let mut grads =
+                        if split { tape.backward_inputs(seeds) } else { tape.backward(seeds, &mut weights) };
+                    tape.run_deferred(usize::MAX, &mut weights);
+                    let dx = grads.take(input.id()).expect("dx").into_f32();
+                    let dw = weights.get(0).expect("dw").clone().into_f32();
+                    [ys[0].value.clone().into_f32(), dx, dw].concat().iter().map(|x| x.to_bits()).collect::<Vec<_>>()
+                })
+            };
+            let one = step(1, false);
+            assert_eq!(one, step(2, false), "{precision:?} on two threads");
+            assert_eq!(one, step(3, true), "{precision:?} in two halves");
         }
     }
 }

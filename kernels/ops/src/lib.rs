@@ -10,6 +10,7 @@
 mod activation;
 pub mod attention;
 pub mod balance_loss;
+mod bfloat;
 pub mod columns;
 pub mod elementwise;
 pub mod embedding;

@@ -1,8 +1,66 @@
-//! What the allocator does with freed buffers.
+//! Reuse of large buffers: a pool behind f32 tensors, and what the allocator does with the rest.
 //!
 //! A training step frees megabytes that the next step asks for again. glibc by default hands them back to the kernel, and
-//! every page is then faulted in and cleared anew: up to half the time of a small layer. A process that trains or
-//! serves calls [`keep_freed_memory`] once at its start.
+//! every page is then faulted in and cleared anew: up to half the time of a small layer. Dropped f32 tensors return
+//! to a pool, whose buffers need no clearing for an op that writes every element; a process that trains or serves also
+//! calls [`keep_freed_memory`] once at its start.
+
+use std::collections::BTreeMap;
+use std::sync::Mutex;
+
+/// Smaller buffers are the allocator's business.
+const ELEMENTS_MIN: usize = 1 << 13;
+/// The pool is emptied when it would hold more elements than this (512 MiB), so that sizes of a finished phase do not stay.
+const ELEMENTS_MAX: usize = 1 << 27;
+
+struct Pool {
+    by_capacity: BTreeMap<usize, Vec<Vec<f32>>>,
+    elements: usize,
+}
+
+static POOL: Mutex<Pool> = Mutex::new(Pool { by_capacity: BTreeMap::new(), elements: 0 });
+
+/// A buffer of `len` elements of unspecified value, for an op that writes all of them.
+pub(crate) fn buffer(len: usize) -> Vec<f32> {
+    if len >= ELEMENTS_MIN
+        && let Ok(mut pool) = POOL.lock()
+    {
+        // A quarter more than wanted is the most that is wasted.
+        let fitting = pool.by_capacity.range_mut(len..=len + len / 4).next();
+        if let Some((&capacity, buffers)) = fitting {
+            let found = buffers.pop();
+            if buffers.is_empty() {
+                pool.by_capacity.remove(&capacity);
+            }
+            if let Some(mut found) = found {
+                pool.elements -= capacity;
+                drop(pool);
+                found.resize(len, 0.0);
+                return found;
+            }
+        }
+    }
+    vec![0.0; len]
+}
+
+/// Offers a buffer for reuse.
+pub(crate) fn give_back(buffer: Vec<f32>) {
+    let capacity = buffer.capacity();
+    if !(ELEMENTS_MIN..=ELEMENTS_MAX / 4).contains(&capacity) {
+        return;
+    }
+    if let Ok(mut pool) = POOL.lock() {
+        if pool.elements + capacity > ELEMENTS_MAX {
+            let old = std::mem::take(&mut pool.by_capacity);
+            pool.elements = 0;
+            drop(pool);
+            drop(old);
+            return;
+        }
+        pool.elements += capacity;
+        pool.by_capacity.entry(capacity).or_default().push(buffer);
+    }
+}
 
 /// Makes glibc keep freed memory for reuse instead of returning it to the kernel. Does nothing on other C libraries.
 pub fn keep_freed_memory() {
@@ -30,11 +88,31 @@ mod glibc {
     }
 
     pub(super) fn set() {
-        for (parameter, value) in
-            [(TRIM_THRESHOLD, c_int::MAX), (TOP_PAD, HEAP_BYTES), (MMAP_THRESHOLD, MMAP_BYTES)]
-        {
+        for (parameter, value) in [(TRIM_THRESHOLD, c_int::MAX), (TOP_PAD, HEAP_BYTES), (MMAP_THRESHOLD, MMAP_BYTES)] {
             // SAFETY: `mallopt` takes two integers, may be called at any time, and refuses values it does not like.
             unsafe { mallopt(parameter, value) };
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_dropped_tensor_is_used_again_and_small_ones_are_not_kept() {
+        // A size no other test uses, since the pool is shared.
+        let len = 1_234_567;
+        let tensor = crate::Tensor::f32(&[len], vec![1.0; len]);
+        let kept = tensor.clone();
+        let address = tensor.as_f32().as_ptr();
+        drop(tensor);
+        let other = buffer(len);
+        assert_ne!(other.as_ptr(), address, "a shared buffer is still in use");
+        drop(kept);
+        let again = buffer(len - 10);
+        assert_eq!(again.as_ptr(), address);
+        assert_eq!(again.len(), len - 10);
+        assert_eq!(buffer(7), vec![0.0; 7]);
     }
 }

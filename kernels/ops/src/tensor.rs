@@ -7,6 +7,8 @@ use std::sync::Arc;
 
 use half::bf16;
 
+use crate::{bfloat, memory};
+
 /// Element type of a [`Tensor`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum DType {
@@ -42,6 +44,14 @@ pub enum CpuBuf {
     U8(Vec<u8>),
     /// See [`DType::U32`].
     U32(Vec<u32>),
+}
+
+impl Drop for CpuBuf {
+    fn drop(&mut self) {
+        if let Self::F32(v) = self {
+            memory::give_back(std::mem::take(v));
+        }
+    }
 }
 
 #[derive(Clone, Debug)]
@@ -83,8 +93,8 @@ macro_rules! typed {
         #[doc = concat!("The elements as an owned `Vec<", stringify!($ty), ">`, without a copy when unshared. \n\n# Panics\nWhen the dtype is another.")]
         pub fn $into(self) -> Vec<$ty> {
             let Storage::Cpu(buf) = self.storage;
-            match Arc::try_unwrap(buf).unwrap_or_else(|shared| (*shared).clone()) {
-                CpuBuf::$variant(v) => v,
+            match &mut Arc::try_unwrap(buf).unwrap_or_else(|shared| (*shared).clone()) {
+                CpuBuf::$variant(v) => std::mem::take(v),
                 _ => panic!("tensor is {:?}, not {}", self.dtype, stringify!($variant)),
             }
         }
@@ -153,7 +163,7 @@ impl Tensor {
     pub fn to_f32(&self) -> Self {
         match self.dtype {
             DType::F32 => self.clone(),
-            DType::Bf16 => Self::f32(&self.shape, self.as_bf16().iter().map(|v| v.to_f32()).collect()),
+            DType::Bf16 => Self::f32(&self.shape, bfloat::widened(self.as_bf16())),
             other => panic!("{other:?} has no plain conversion to F32"),
         }
     }
@@ -165,7 +175,7 @@ impl Tensor {
     pub fn to_bf16(&self) -> Self {
         match self.dtype {
             DType::Bf16 => self.clone(),
-            DType::F32 => Self::bf16(&self.shape, self.as_f32().iter().map(|v| bf16::from_f32(*v)).collect()),
+            DType::F32 => Self::bf16(&self.shape, bfloat::narrowed(self.as_f32())),
             other => panic!("{other:?} has no plain conversion to BF16"),
         }
     }

@@ -8,12 +8,10 @@
 
 use std::ops::Range;
 
-use half::bf16;
-
 use crate::fp8::{self, Encoding, Fp8, Fp8Format, Fp8Scales, TILE, Tile};
 use crate::gemm::{PANEL, Right, transpose_panel};
-use crate::isa::{Isa, simd_fn};
-use crate::{DType, Tensor, scratch};
+use crate::isa::Isa;
+use crate::{DType, Tensor, bfloat, scratch};
 
 /// How a weight is stored and its products taken.
 #[derive(
@@ -224,7 +222,7 @@ impl Weight {
     fn decode(&self, isa: Isa, matrix: usize, row: usize, col: usize, at: usize, out: &mut [f32]) {
         match self.elements.dtype() {
             DType::F32 => out.copy_from_slice(&self.elements.as_f32()[at..at + out.len()]),
-            DType::Bf16 => widen(isa, &self.elements.as_bf16()[at..at + out.len()], out),
+            DType::Bf16 => bfloat::widen(isa, &self.elements.as_bf16()[at..at + out.len()], out),
             _ => {
                 let across = self.inputs().div_ceil(TILE);
                 let down = self.outputs().div_ceil(TILE);
@@ -259,15 +257,6 @@ fn from_panels<T: Copy>(panels: &[T], n: usize, k: usize) -> Vec<T> {
         }
     }
     out
-}
-
-simd_fn! {
-    /// BF16 to f32.
-    pub(crate) fn widen(x: &[bf16], out: &mut [f32]) {
-        for (o, x) in out.iter_mut().zip(x) {
-            *o = f32::from_bits(u32::from(x.to_bits()) << 16);
-        }
-    }
 }
 
 /// One matrix of a weight as the right operand of a product.
