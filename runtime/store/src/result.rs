@@ -7,7 +7,11 @@ use dsv3_core::{Digest, Figure};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::{Create, Store, error::Result, record};
+use crate::{
+    Create, Store,
+    error::{Result, StoreError},
+    record,
+};
 
 /// One output of a finished stage.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -66,11 +70,24 @@ impl Store {
         }
     }
 
-    /// Commits `result` and answers the committed one: the first wins, and equal keys have equal outputs.
+    /// Commits `result` and answers the committed one: the first wins, and equal keys have equal outputs. A damaged record
+    /// in the way says nothing and is replaced.
     pub async fn commit_result(&self, key: &str, result: &StageResult) -> Result<StageResult> {
         let path = result_path(key);
         let bytes: Bytes = record::seal(&path, result)?;
-        match self.create(&path, bytes.clone()).await? {
+        if self.create(&path, bytes.clone()).await? == Create::Created {
+            return Ok(result.clone());
+        }
+        match self.read_result(key).await {
+            Ok(Some(committed)) => return Ok(committed),
+            Ok(None) => {}
+            Err(StoreError::Damaged { path, problem }) => {
+                tracing::warn!(path, problem, "replacing a damaged result");
+                self.delete(&result_path(key)).await?;
+            }
+            Err(error) => return Err(error),
+        }
+        match self.create(&path, bytes).await? {
             Create::Created => Ok(result.clone()),
             Create::AlreadyExists => record::unseal(&self.display_path(&path), &self.read(&path).await?),
         }

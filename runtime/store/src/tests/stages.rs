@@ -123,6 +123,12 @@ async fn the_first_result_counts() {
     let text = store.read("stages/key/result.json").await.unwrap();
     let text: serde_json::Value = serde_json::from_slice(&text).unwrap();
     assert_eq!((&text["type"], &text["outputs"][0]["kind"]), (&json!("pretrain"), &json!("model")));
+    // A damaged result is refused, and replaced by the next commit.
+    store.delete("stages/key/result.json").await.unwrap();
+    store.create("stages/key/result.json", Bytes::from_static(b"{\"format\":1}")).await.unwrap();
+    assert!(matches!(store.read_result("key").await, Err(StoreError::Damaged { .. })));
+    store.commit_result("key", &result).await.unwrap();
+    assert_eq!(store.read_result("key").await.unwrap().unwrap().last_seq, 4);
 }
 
 #[tokio::test]
