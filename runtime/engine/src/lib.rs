@@ -1,8 +1,38 @@
-//! engine
+//! From YAML to finished stages: reads a pipeline, refuses it with every problem at its place, plans it, and runs the
+//! plan with caching, resuming and one stream of events.
+//!
+//! ```text
+//! text -> Spec (written, checked) -> Plan (resolved, digested, stored) -> exec RUN STAGE -> result under the stage's key
+//! ```
+//!
+//! The engine knows no stage: a host hands it a slice of [`dsv3_stage::StageEntry`]. It is async on the host's tokio
+//! runtime; each stage runs on an OS thread of its own. It installs no signal handler and never ends the process.
+//!
+//! Invariants: below the engine nobody sees YAML; a finished key is never run again; a stage's key depends on what changes
+//! its result and on nothing else; all that a run needs lies in the store, external input files excepted.
+
+mod cached;
 mod check;
 mod diagnostics;
+mod engine;
+mod error;
+mod explain;
 mod plan;
+mod run;
+mod runs;
 mod schema;
 mod spec;
 mod yaml;
-pub use diagnostics::*;
+
+pub use check::Spec;
+pub use diagnostics::{Diagnostic, Diagnostics, Source, Sources, Span};
+pub use engine::{Engine, EngineBuilder};
+pub use error::EngineError;
+pub use explain::{Explanation, StageState, State};
+pub use plan::{InputRef, Plan, PlannedHook, PlannedInput, PlannedStage};
+pub use run::{RunOptions, RunReport, Selection, StageReport};
+pub use runs::RunSummary;
+pub use spec::{HookLimits, LoadOptions};
+
+#[cfg(test)]
+mod tests;

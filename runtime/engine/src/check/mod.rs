@@ -14,7 +14,10 @@ use serde_json::Value;
 
 use crate::{
     diagnostics::{Diagnostic, Diagnostics, Sources, Span, did_you_mean},
-    spec::{HookLimits, Reading, StageSpec, Word, Written, files::ExternalFile},
+    spec::{
+        HookLimits, Reading, StageSpec, Word, Written,
+        files::{self, ExternalFile},
+    },
 };
 
 /// A pipeline whose every reference is good; [`crate::Engine::plan`] digests its files.
@@ -137,12 +140,21 @@ pub(crate) fn check(reading: Reading, entries: &[StageEntry], cache_dir: Option<
     let stages = config::check(&mut checker, &order, inputs, ports);
     let mut problems = checker.problems;
     problems.extend(reading.problems.iter().cloned());
-    let (name, store, seed) = (written.name.clone(), written.store.clone(), written.seed);
+    let (name, seed) = (written.name.clone(), written.seed);
+    let store = absolute(&written.store, &reading.current_dir);
     let (threads, device) = (written.threads, written.device.text.clone());
     if problems.is_empty() {
         return Ok(Spec { name, store, seed, threads, device, hooks, stages, sources: reading.sources });
     }
     Err(Diagnostics::new(reading.sources, problems))
+}
+
+/// A local store's URL with the current directory written out, so that a plan means the same folder everywhere.
+fn absolute(store: &str, current_dir: &Path) -> String {
+    match (store.strip_prefix("file://"), store.contains("://")) {
+        (None, true) => store.to_owned(),
+        (path, _) => format!("file://{}", files::locate(path.unwrap_or(store), Path::new(""), current_dir).display()),
+    }
 }
 
 /// The device by the word of the pipeline; none when this build has no such device.

@@ -17,7 +17,7 @@ use dsv3_core::{Digest, Error};
 use serde::{Deserialize, Serialize};
 
 /// Age in nanoseconds below which the times of a file prove nothing.
-const SETTLED_NANOS: i128 = 2_000_000_000;
+const SETTLED_NANOS: i64 = 2_000_000_000;
 
 /// What must agree for a digest to be believed.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -25,8 +25,8 @@ struct Stamp {
     bytes: u64,
     inode: u64,
     device: u64,
-    modified_nanos: i128,
-    changed_nanos: i128,
+    modified_nanos: i64,
+    changed_nanos: i64,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -46,7 +46,7 @@ pub(crate) struct HashCache {
 }
 
 fn stamp(metadata: &fs::Metadata) -> Stamp {
-    let nanos = |seconds: i64, nanos: i64| i128::from(seconds) * 1_000_000_000 + i128::from(nanos);
+    let nanos = |seconds: i64, nanos: i64| seconds.saturating_mul(1_000_000_000) + nanos;
     Stamp {
         bytes: metadata.len(),
         inode: metadata.ino(),
@@ -87,7 +87,7 @@ impl HashCache {
             return Err(Error::invalid(format!("the input file {} changed while it was read", path.display())));
         }
         let digest = Digest::from_bytes(*hasher.finalize().as_bytes());
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_nanos() as i128);
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_nanos() as i64);
         if now - after.changed_nanos.max(after.modified_nanos) > SETTLED_NANOS {
             let line = Line { path: path.to_owned(), stamp: after.clone(), digest };
             self.fresh.extend(serde_json::to_string(&line));

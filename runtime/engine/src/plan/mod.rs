@@ -6,13 +6,18 @@
 
 pub(crate) mod hashes;
 pub(crate) mod key;
+mod make;
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use bytes::Bytes;
 use dsv3_core::{Digest, Error};
+
 use dsv3_hooks::OnError;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+
+pub(crate) use make::make;
 
 use crate::spec::HookLimits;
 
@@ -110,6 +115,9 @@ pub struct Plan {
     pub stages: Vec<PlannedStage>,
     /// Where the content of external files lies: digest to absolute path or URI.
     pub sources: BTreeMap<Digest, String>,
+    /// Manifests of external inputs and hook components, stored when the plan is run.
+    #[serde(skip)]
+    pub(crate) blobs: BTreeMap<Digest, Bytes>,
 }
 
 impl Plan {

@@ -274,9 +274,8 @@ impl<'a> Checker<'a> {
             return;
         }
         if let Some(chosen) = self.by_tag(branches, &resolved, node, at, path) {
-            match chosen {
-                Some(branch) => self.value(branch, node, at, path),
-                None => {}
+            if let Some(branch) = chosen {
+                self.value(branch, node, at, path);
             }
             return;
         }

@@ -104,7 +104,7 @@ pub(crate) fn join(parts: Vec<Vec<ExternalFile>>) -> Vec<ExternalFile> {
 }
 
 /// Whether `name` matches one pattern segment of literal characters, `*` and `?`.
-fn matches(pattern: &str, name: &str) -> bool {
+pub(crate) fn matches(pattern: &str, name: &str) -> bool {
     let (pattern, name): (Vec<char>, Vec<char>) = (pattern.chars().collect(), name.chars().collect());
     let (mut p, mut n, mut star) = (0, 0, None);
     while n < name.len() {

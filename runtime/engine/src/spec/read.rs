@@ -23,9 +23,7 @@ pub(super) fn written(
     let mut fields = Fields { problems };
     let top = Span { end: root.span.start, ..root.span };
     let entries = fields.map(root, root.span, "a pipeline", &ROOT_KEYS);
-    if root.entries().is_none() {
-        return None;
-    }
+    root.entries()?;
     version(&mut fields, entries, top);
     let name = first(entries, "name").and_then(|entry| fields.text(&entry.value, entry.key_span, "`name`"));
     let store = first(entries, "store").and_then(|entry| fields.text(&entry.value, entry.key_span, "`store`"));

@@ -1,0 +1,191 @@
+//! [`Engine`]: the stage types of a host and what they share between runs.
+
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, OnceLock, PoisonError},
+};
+
+use dsv3_core::{Clock, Error, SystemClock};
+use dsv3_hooks::Host;
+use dsv3_stage::StageEntry;
+use dsv3_store::{LeaseOptions, Store};
+
+use crate::{
+    check::{self, Spec},
+    diagnostics::Diagnostics,
+    error::EngineError,
+    plan::{self, Plan},
+    schema,
+    spec::{self, LoadOptions},
+};
+
+/// Builds an [`Engine`].
+#[derive(Default)]
+pub struct EngineBuilder {
+    stages: Vec<StageEntry>,
+    store: Option<Store>,
+    cache_dir: Option<PathBuf>,
+    clock: Option<Arc<dyn Clock>>,
+    lease: LeaseOptions,
+}
+
+impl EngineBuilder {
+    /// Adds stage types. Of two with one name the later counts, so that a host can replace one of ours.
+    #[must_use]
+    pub fn stages(mut self, entries: &[StageEntry]) -> Self {
+        self.stages.extend_from_slice(entries);
+        self
+    }
+
+    /// A store that replaces the one each pipeline names.
+    #[must_use]
+    pub fn store(mut self, store: Store) -> Self {
+        self.store = Some(store);
+        self
+    }
+
+    /// Folder for compiled hooks; without it each process compiles anew.
+    #[must_use]
+    pub fn cache_dir(mut self, dir: impl Into<PathBuf>) -> Self {
+        self.cache_dir = Some(dir.into());
+        self
+    }
+
+    /// Clock for rates, intervals and leases.
+    #[must_use]
+    pub fn clock(mut self, clock: Arc<dyn Clock>) -> Self {
+        self.clock = Some(clock);
+        self
+    }
+
+    /// How often a stage's lease is renewed and when it expires.
+    #[must_use]
+    pub fn lease_options(mut self, options: LeaseOptions) -> Self {
+        self.lease = options;
+        self
+    }
+
+    /// The engine.
+    pub fn build(self) -> Engine {
+        let by_name: BTreeMap<&str, StageEntry> = self.stages.iter().map(|entry| (entry.name, *entry)).collect();
+        Engine {
+            stages: by_name.into_values().collect(),
+            store: self.store,
+            cache_dir: self.cache_dir,
+            clock: self.clock.unwrap_or_else(|| Arc::new(SystemClock::default())),
+            lease: self.lease,
+            stores: Mutex::default(),
+            host: OnceLock::new(),
+        }
+    }
+}
+
+/// Reads, plans and runs pipelines. Share it freely; it holds no state that changes results.
+pub struct Engine {
+    pub(crate) stages: Vec<StageEntry>,
+    store: Option<Store>,
+    pub(crate) cache_dir: Option<PathBuf>,
+    pub(crate) clock: Arc<dyn Clock>,
+    pub(crate) lease: LeaseOptions,
+    stores: Mutex<BTreeMap<String, Store>>,
+    host: OnceLock<Arc<Host>>,
+}
+
+impl std::fmt::Debug for Engine {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Engine").field("stages", &self.stages).finish_non_exhaustive()
+    }
+}
+
+impl Engine {
+    /// Starts building an engine.
+    pub fn builder() -> EngineBuilder {
+        EngineBuilder::default()
+    }
+
+    /// The stage types, by name.
+    pub fn stages(&self) -> &[StageEntry] {
+        &self.stages
+    }
+
+    /// JSON Schema of pipeline files for this engine's stage types.
+    pub fn schema(&self) -> serde_json::Value {
+        schema::pipeline(&self.stages)
+    }
+
+    /// Reads and checks a pipeline file; relative paths in it start from its folder.
+    ///
+    /// # Errors
+    /// Every problem of the pipeline, each at its place.
+    pub fn load(&self, path: &Path, options: &LoadOptions) -> Result<Spec, Diagnostics> {
+        let shown = path.display();
+        let bytes =
+            std::fs::read(path).map_err(|error| Diagnostics::plain(format!("{shown} cannot be read: {error}")))?;
+        let text = String::from_utf8(bytes).map_err(|error| {
+            let good = error.utf8_error().valid_up_to();
+            let line = error.as_bytes()[..good].iter().filter(|byte| **byte == b'\n').count() + 1;
+            Diagnostics::plain(format!("{shown}:{line}:1: the file is not UTF-8 text from here on"))
+        })?;
+        let base = path.parent().unwrap_or(Path::new("")).to_owned();
+        self.load_text(&shown.to_string(), &text, &base, options)
+    }
+
+    /// Reads and checks the text of a pipeline. `name` is shown before `:LINE:COL`, `base` is where its paths start.
+    ///
+    /// # Errors
+    /// Every problem of the pipeline, each at its place.
+    pub fn load_text(&self, name: &str, text: &str, base: &Path, options: &LoadOptions) -> Result<Spec, Diagnostics> {
+        let reading = spec::read(name, text, base.to_owned(), options);
+        check::check(reading, &self.stages, self.cache_dir.as_deref())
+    }
+
+    /// Digests the external files of a checked pipeline. Opens its store; writes nothing but a cache of digests.
+    ///
+    /// # Errors
+    /// Files that cannot be read, a store that cannot be opened.
+    pub async fn plan(&self, spec: Spec) -> Result<Plan, EngineError> {
+        let store = self.open_store(spec.store())?;
+        plan::make(spec, &store).await
+    }
+
+    /// The store at `url`, or the one the engine was built with.
+    ///
+    /// # Errors
+    /// An unknown scheme, a folder that cannot be made.
+    pub fn open_store(&self, url: &str) -> Result<Store, EngineError> {
+        if let Some(store) = &self.store {
+            return Ok(store.clone());
+        }
+        let mut stores = self.stores.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(store) = stores.get(url) {
+            return Ok(store.clone());
+        }
+        let store = Store::open(url)?;
+        // Under both names: the plan records the store's own.
+        stores.insert(store.url().to_owned(), store.clone());
+        stores.insert(url.to_owned(), store.clone());
+        Ok(store)
+    }
+
+    /// The stage type of a planned stage, of the version it was planned with.
+    pub(crate) fn entry(&self, kind: &str, version: u32) -> Result<StageEntry, Error> {
+        let entry = self.stages.iter().find(|entry| entry.name == kind);
+        let entry = entry.ok_or_else(|| Error::invalid(format!("this program has no stage type `{kind}`")))?;
+        if entry.version == version {
+            return Ok(*entry);
+        }
+        let message =
+            format!("the plan wants version {version} of stage type `{kind}`; this program has {}", entry.version);
+        Err(Error::invalid(message).help("run the pipeline again: a new plan takes the new version"))
+    }
+
+    /// The host of hooks, started at the first use.
+    pub(crate) fn host(&self) -> Result<Arc<Host>, Error> {
+        if let Some(host) = self.host.get() {
+            return Ok(host.clone());
+        }
+        let host = Arc::new(Host::new(self.cache_dir.clone())?);
+        Ok(self.host.get_or_init(|| host).clone())
+    }
+}

@@ -1,0 +1,305 @@
+//! Running a plan: stages in order, each cached, resumed or run, with one stream of events.
+//!
+//! There is one execution path: [`Engine::run`] walks the stages of a new run, [`Engine::resume`] those of a stored one,
+//! [`Engine::exec`] exactly one stage of a stored run, in whatever process a batch queue or another engine calls it.
+
+mod select;
+mod stage;
+
+use std::collections::BTreeMap;
+
+use dsv3_core::{Cancel, Digest, Error, ErrorKind, Event, Events, Figure, Level, Outcome, run_id};
+use dsv3_store::{EventLog, RunStatus, StageResult, Store, nonce};
+use serde_json::{Value, json};
+
+pub use select::Selection;
+
+use crate::{
+    Engine,
+    cached::{self, Found, Missing},
+    error::{EngineError, chain},
+    plan::{Plan, PlannedStage},
+};
+
+/// What a caller decides about a run; nothing here changes results.
+#[derive(Clone, Debug)]
+pub struct RunOptions {
+    /// Which stages may run.
+    pub select: Selection,
+    /// Where events go, on the thread where they happen.
+    pub events: Events,
+    /// Asks the run to checkpoint and stop.
+    pub cancel: Cancel,
+    /// Compute threads told to stages; the plan's, else the machine's cores, when absent.
+    pub threads: Option<usize>,
+    /// Whether a serving stage keeps running until it is cancelled.
+    pub stay: bool,
+}
+
+impl Default for RunOptions {
+    fn default() -> Self {
+        let (events, cancel) = (Events::none(), Cancel::new());
+        Self { select: Selection::All, events, cancel, threads: None, stay: false }
+    }
+}
+
+/// How one stage of a run went.
+#[derive(Clone, Debug, PartialEq)]
+pub struct StageReport {
+    /// Name in the pipeline.
+    pub stage: String,
+    /// Its key.
+    pub key: String,
+    /// How it ended.
+    pub outcome: Outcome,
+    /// What it left behind; none unless it is done or was cached.
+    pub result: Option<StageResult>,
+}
+
+/// How a run went.
+#[derive(Clone, Debug, PartialEq)]
+pub struct RunReport {
+    /// Id of the run.
+    pub run: String,
+    /// The stages that were looked at, in order.
+    pub stages: Vec<StageReport>,
+    /// Closing figures by `stage.metric`.
+    pub figures: BTreeMap<String, Figure>,
+}
+
+/// The names of outcomes in stored statuses.
+fn state_name(outcome: &Outcome) -> &'static str {
+    match outcome {
+        Outcome::Done => "done",
+        Outcome::Cached => "cached",
+        Outcome::Cancelled => "cancelled",
+        Outcome::Failed { .. } => "failed",
+    }
+}
+
+fn outcome_of(error: &Error) -> Outcome {
+    match error.kind {
+        ErrorKind::Cancelled => Outcome::Cancelled,
+        kind => Outcome::Failed { kind, messages: chain(error), help: error.help.clone() },
+    }
+}
+
+/// Everything that the stages of one run share.
+pub(crate) struct Run<'a> {
+    pub(crate) engine: &'a Engine,
+    pub(crate) plan: &'a Plan,
+    pub(crate) store: &'a Store,
+    pub(crate) id: &'a str,
+    pub(crate) options: &'a RunOptions,
+    /// The caller's events and the run's log.
+    pub(crate) events: Events,
+    reports: Vec<StageReport>,
+    results: BTreeMap<String, StageResult>,
+}
+
+impl Engine {
+    /// Runs a plan as a new run.
+    ///
+    /// # Errors
+    /// The error of the stage that failed, after everything committed was kept and `RunFinished` was sent; kind
+    /// `Cancelled` when the run was asked to stop.
+    pub async fn run(&self, plan: &Plan, options: &RunOptions) -> Result<RunReport, EngineError> {
+        let store = self.open_store(&plan.store)?;
+        let random = u128::from_str_radix(&nonce(), 16).unwrap_or_default();
+        let id = run_id(self.clock.unix_millis(), random);
+        let names = options.select.names(plan)?;
+        for (digest, bytes) in &plan.blobs {
+            // Wrong digests cannot come from our own planning; the store names what it stored.
+            let stored = store.put_blob(bytes.clone()).await?;
+            debug_assert_eq!(stored, *digest);
+        }
+        store.create_run(&id, plan.to_bytes().into()).await?;
+        self.walk(&store, plan, &id, names, options).await
+    }
+
+    /// Goes on with a stored run under its own id.
+    ///
+    /// # Errors
+    /// As [`Engine::run`]; Data when there is no such run.
+    pub async fn resume(&self, store: &Store, id: &str, options: &RunOptions) -> Result<RunReport, EngineError> {
+        let plan = self.stored_plan(store, id).await?;
+        let names = options.select.names(&plan)?;
+        self.walk(store, &plan, id, names, options).await
+    }
+
+    /// Runs one stage of a stored run, from the store alone. Its upstream must be finished.
+    ///
+    /// # Errors
+    /// As [`Engine::run`].
+    pub async fn exec(
+        &self,
+        store: &Store,
+        id: &str,
+        stage: &str,
+        options: &RunOptions,
+    ) -> Result<RunReport, EngineError> {
+        let plan = self.stored_plan(store, id).await?;
+        plan.stage(stage)?;
+        let names = vec![stage.to_owned()];
+        self.walk(store, &plan, id, names, options).await
+    }
+
+    async fn walk(
+        &self,
+        store: &Store,
+        plan: &Plan,
+        id: &str,
+        names: Vec<String>,
+        options: &RunOptions,
+    ) -> Result<RunReport, EngineError> {
+        let log = EventLog::start(store.clone(), id);
+        let (to_log, to_caller) = (log.sink(), options.events.clone());
+        let events = Events::new(move |event: Event| {
+            to_log.emit(event.clone());
+            to_caller.emit(event);
+        });
+        let started = self.clock.monotonic();
+        let (reports, results) = (Vec::new(), BTreeMap::new());
+        let mut run = Run { engine: self, plan, store, id, options, events, reports, results };
+        let ended = run.all(&names).await;
+        let outcome = ended.as_ref().map_or_else(outcome_of, |()| Outcome::Done);
+        let status = run.write_status(state_name(&outcome)).await;
+        let figures = run.figures();
+        let metrics = figures.iter().map(|(name, figure)| (name.clone(), figure_json(figure))).collect();
+        let seconds = (self.clock.monotonic().saturating_sub(started)).as_secs_f64();
+        run.events.emit(Event::RunFinished { run: id.to_owned(), outcome, seconds, metrics });
+        let reports = run.reports;
+        // The stage's own error matters more than one of the log.
+        let closed = log.close().await;
+        ended?;
+        status?;
+        closed?;
+        Ok(RunReport { run: id.to_owned(), stages: reports, figures })
+    }
+}
+
+/// `{"value", "floor", "ok"}` and what else a figure says.
+pub(crate) fn figure_json(figure: &Figure) -> Value {
+    serde_json::to_value(figure).unwrap_or_default()
+}
+
+impl Run<'_> {
+    async fn all(&mut self, names: &[String]) -> Result<(), Error> {
+        let (run, pipeline) = (self.id.to_owned(), self.plan.name.clone());
+        self.events.emit(Event::RunStarted { run, pipeline, stages: names.to_vec() });
+        self.write_status("running").await?;
+        for stage in &self.plan.stages {
+            let selected = names.contains(&stage.name);
+            let needed = selected || self.needed_later(stage, names);
+            if needed {
+                self.one(stage, selected).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether a selected stage reads from this one.
+    fn needed_later(&self, stage: &PlannedStage, names: &[String]) -> bool {
+        names.iter().any(|name| self.plan.ancestors(name).contains(&stage.name))
+    }
+
+    /// One stage: cached, or run when it is selected. Stages that are not selected only lend their results.
+    async fn one(&mut self, stage: &PlannedStage, selected: bool) -> Result<(), Error> {
+        if self.options.cancel.is_cancelled() {
+            return Err(Error::cancelled());
+        }
+        let entry = self.engine.entry(&stage.kind, stage.version)?;
+        let inputs = match cached::inputs(stage, &self.results) {
+            Ok(inputs) => inputs,
+            // An unselected stage whose own upstream was never run has no result either; whoever needs it will say so.
+            Err(Missing::Stage(_)) if !selected => return Ok(()),
+            Err(Missing::Stage(from)) => {
+                let message = format!("stage `{}` needs stage `{from}`, which has not finished", stage.name);
+                return Err(Error::invalid(message).help(format!("run `{from}` first, or without --from and --only")));
+            }
+            Err(Missing::Output(from, port)) => {
+                let message =
+                    format!("stage `{}` needs output `{port}`, which stage `{from}` did not make", stage.name);
+                return Err(Error::invalid(message));
+            }
+        };
+        let record = cached::key_record(self.plan, stage, &entry, &inputs)?;
+        let key = record.key();
+        let started = self.engine.clock.monotonic();
+        let found = cached::find(self.store, self.plan, key).await?;
+        let (outcome, result) = match found {
+            Found::Whole(result) if !selected => {
+                self.results.insert(stage.name.clone(), result);
+                return Ok(());
+            }
+            Found::Whole(result) => (Ok(Outcome::Cached), Some(result)),
+            _ if !selected => return Ok(()),
+            found => {
+                if let Found::Broken(why) = &found {
+                    self.warn(
+                        &stage.name,
+                        format!("the finished result cannot be used, so the stage runs again: {why}"),
+                    );
+                }
+                let broken = matches!(found, Found::Broken(_));
+                match self.execute(stage, &entry, &record, &inputs, broken).await {
+                    Ok((outcome, result)) => (Ok(outcome), Some(result)),
+                    Err(error) => (Err(error.context(format!("stage `{}`", stage.name))), None),
+                }
+            }
+        };
+        let seconds = self.engine.clock.monotonic().saturating_sub(started).as_secs_f64();
+        self.finish(stage, key, outcome, result, seconds).await
+    }
+
+    async fn finish(
+        &mut self,
+        stage: &PlannedStage,
+        key: Digest,
+        outcome: Result<Outcome, Error>,
+        result: Option<StageResult>,
+        seconds: f64,
+    ) -> Result<(), Error> {
+        let said = outcome.as_ref().map_or_else(outcome_of, Clone::clone);
+        let figures = result.iter().flat_map(|result| &result.metrics);
+        let metrics = figures.map(|(name, figure)| (name.clone(), figure_json(figure))).collect();
+        let name = stage.name.clone();
+        self.events.emit(Event::StageFinished { stage: name.clone(), outcome: said.clone(), seconds, metrics });
+        if let Some(result) = &result {
+            self.results.insert(name.clone(), result.clone());
+        }
+        self.reports.push(StageReport { stage: name, key: key.to_string(), outcome: said, result });
+        let failed = outcome.err();
+        if failed.is_none() {
+            self.write_status("running").await?;
+        }
+        failed.map_or(Ok(()), Err)
+    }
+
+    pub(crate) fn warn(&self, stage: &str, message: String) {
+        self.events.emit(Event::Log { stage: stage.to_owned(), level: Level::Warn, message });
+    }
+
+    async fn write_status(&self, state: &str) -> Result<(), Error> {
+        let stages: BTreeMap<&str, Value> = self
+            .reports
+            .iter()
+            .map(|report| (report.stage.as_str(), json!({ "key": report.key, "outcome": state_name(&report.outcome) })))
+            .collect();
+        let detail = json!({ "pipeline": self.plan.name, "stages": stages });
+        let unix_millis = self.engine.clock.unix_millis();
+        let status = RunStatus { format: RunStatus::FORMAT, state: state.to_owned(), unix_millis, detail };
+        Ok(self.store.write_status(self.id, &status).await?)
+    }
+
+    /// Closing figures of the stages that ended well, by `stage.metric`.
+    fn figures(&self) -> BTreeMap<String, Figure> {
+        let mut figures = BTreeMap::new();
+        for report in &self.reports {
+            for (name, figure) in report.result.iter().flat_map(|result| &result.metrics) {
+                figures.insert(format!("{}.{name}", report.stage), figure.clone());
+            }
+        }
+        figures
+    }
+}

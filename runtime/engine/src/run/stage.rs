@@ -1,0 +1,230 @@
+//! One stage that has to run: lease, hooks, context, thread, result.
+
+use std::{collections::BTreeMap, path::PathBuf, sync::Arc, time::Duration};
+
+use dsv3_core::{ArtifactRef, Cancel, Error, Event, Outcome};
+use dsv3_hooks::{Hook, Limits, World};
+use dsv3_stage::{Closing, Ctx, CtxParts, StageEntry};
+use dsv3_store::{Holder, Lease, OutputEntry, StageResult, nonce};
+use serde_json::{Map, Value, json};
+
+use super::Run;
+use crate::{
+    cached::{self, Found, Inputs},
+    check::parse_device,
+    plan::{PlannedStage, key::KeyRecord},
+};
+
+/// How often a request to stop and the lease are looked at.
+const LOOK: Duration = Duration::from_millis(20);
+
+/// A folder that is removed with this value.
+struct Scratch(PathBuf);
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        // The system's temporary folder is cleaned anyway.
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+impl Run<'_> {
+    /// Runs a stage under its lease. `broken` says that a result is there which cannot be used.
+    pub(super) async fn execute(
+        &self,
+        stage: &PlannedStage,
+        entry: &StageEntry,
+        record: &KeyRecord,
+        inputs: &Inputs,
+        broken: bool,
+    ) -> Result<(Outcome, StageResult), Error> {
+        let key = record.key().to_string();
+        // What the key was made of, for `explain`. Equal keys have equal records, so whoever was first is right.
+        self.store.create(&format!("stages/{key}/key.json"), record.to_bytes().into()).await?;
+        let lease = self.lease(stage, &key).await?;
+        // Whoever held the lease may have finished the stage.
+        if !broken && let Found::Whole(result) = cached::find(self.store, self.plan, record.key()).await? {
+            lease.release().await?;
+            return Ok((Outcome::Cached, result));
+        }
+        let outcome = self.under_lease(stage, entry, &key, inputs, &lease, broken).await;
+        let lost = lease.lost().is_cancelled();
+        let released = lease.release().await;
+        match outcome {
+            Err(_) if lost => Err(Error::unavailable("another process has taken over this stage")
+                .help("nothing is lost: the other process goes on from the last checkpoint")),
+            Err(error) => Err(error),
+            Ok(result) => {
+                released?;
+                Ok((Outcome::Done, result))
+            }
+        }
+    }
+
+    async fn lease(&self, stage: &PlannedStage, key: &str) -> Result<Lease, Error> {
+        let wait = |holder: &Holder| self.warn(&stage.name, format!("waiting for {holder} to finish this stage"));
+        let holder = Holder::this_process(self.id);
+        let (clock, options) = (self.engine.clock.clone(), self.engine.lease);
+        Ok(self.store.acquire(key, holder, clock, options, &self.options.cancel, wait).await?)
+    }
+
+    async fn under_lease(
+        &self,
+        stage: &PlannedStage,
+        entry: &StageEntry,
+        key: &str,
+        inputs: &Inputs,
+        lease: &Lease,
+        broken: bool,
+    ) -> Result<StageResult, Error> {
+        let checkpoint = self.store.find_checkpoint(key).await?.checkpoint;
+        self.events.emit(Event::StageStarted {
+            stage: stage.name.clone(),
+            kind: stage.kind.clone(),
+            key: key.to_owned(),
+            resumed_from: checkpoint.map(|checkpoint| checkpoint.step),
+        });
+        let (cancel, scratch) = (Cancel::new(), Scratch(std::env::temp_dir().join(format!("dsv3-{}", nonce()))));
+        let ctx = self.context(stage, key, lease, cancel.clone(), scratch.0.clone()).await?;
+        let running = entry.run_on_thread(stage.config.clone(), inputs_json(entry, inputs), ctx);
+        tokio::pin!(running);
+        let (outputs, ctx) = loop {
+            tokio::select! {
+                ended = &mut running => break ended?,
+                () = tokio::time::sleep(LOOK), if !cancel.is_cancelled() => {
+                    if self.options.cancel.is_cancelled() || lease.lost().is_cancelled() {
+                        cancel.cancel();
+                    }
+                }
+            }
+        };
+        let outputs = outputs?;
+        let (closing, last_seq) = (ctx.closing(), ctx.checkpoints().last_seq());
+        self.commit(stage, entry, key, &outputs, closing, last_seq, broken).await
+    }
+
+    async fn context(
+        &self,
+        stage: &PlannedStage,
+        key: &str,
+        lease: &Lease,
+        cancel: Cancel,
+        scratch: PathBuf,
+    ) -> Result<Ctx, Error> {
+        let device = parse_device(&self.plan.device)
+            .ok_or_else(|| Error::invalid(format!("this build has no device `{}`", self.plan.device)))?;
+        let cores = || std::thread::available_parallelism().map_or(1, usize::from);
+        Ok(Ctx::new(CtxParts {
+            stage: stage.name.clone(),
+            stage_type: stage.kind.clone(),
+            key: key.to_owned(),
+            epoch: lease.epoch(),
+            seed: self.plan.seed,
+            device,
+            threads: self.options.threads.or(self.plan.threads).unwrap_or_else(cores),
+            store: self.store.clone(),
+            runtime: tokio::runtime::Handle::current(),
+            sources: Arc::new(self.plan.sources.clone()),
+            events: self.events.clone(),
+            cancel,
+            hooks: self.hooks(stage).await?,
+            clock: self.engine.clock.clone(),
+            scratch,
+            stay: self.options.stay,
+        }))
+    }
+
+    /// The stage's hooks, loaded from the store.
+    async fn hooks(&self, stage: &PlannedStage) -> Result<BTreeMap<String, Arc<Hook>>, Error> {
+        let mut hooks = BTreeMap::new();
+        for (port, name) in &stage.hooks {
+            let hook = self.plan.hooks.get(name).ok_or_else(|| Error::data(format!("the plan lacks hook `{name}`")))?;
+            let wasm = self.store.get_blob(hook.digest).await?;
+            let world = World::from_name(&hook.world)
+                .ok_or_else(|| Error::invalid(format!("this build has no world `{}`", hook.world)))?;
+            let limits = Limits {
+                memory_bytes: u64::from(hook.limits.memory_mb) << 20,
+                deadline_ms: hook.limits.deadline_ms,
+                fuel: hook.limits.fuel,
+            };
+            let (host, name, config, on_error) =
+                (self.engine.host()?, name.clone(), hook.config.clone(), hook.on_error);
+            let load = move || host.load(&name, &wasm, world, &config, limits, on_error);
+            let loaded = tokio::task::spawn_blocking(load)
+                .await
+                .map_err(|error| Error::internal("loading a hook was interrupted").source(error))??;
+            hooks.insert(port.clone(), Arc::new(loaded));
+        }
+        Ok(hooks)
+    }
+
+    async fn commit(
+        &self,
+        stage: &PlannedStage,
+        entry: &StageEntry,
+        key: &str,
+        outputs: &Value,
+        closing: Closing,
+        last_seq: u64,
+        broken: bool,
+    ) -> Result<StageResult, Error> {
+        let mut entries = Vec::new();
+        for spec in entry.outputs() {
+            let artifacts: Vec<(String, &Value)> = match outputs.get(spec.name) {
+                None | Some(Value::Null) => Vec::new(),
+                Some(Value::Array(items)) => {
+                    items.iter().enumerate().map(|(i, item)| (format!("{}[{i}]", spec.name), item)).collect()
+                }
+                Some(one) => vec![(spec.name.to_owned(), one)],
+            };
+            for (port, artifact) in artifacts {
+                let artifact: ArtifactRef = serde_json::from_value(artifact.clone()).map_err(|error| {
+                    Error::internal(format!("output `{port}` of stage type `{}` is no artifact", stage.kind))
+                        .source(error)
+                })?;
+                let bytes = self.store.manifest(artifact.digest).await?.bytes();
+                entries.push(OutputEntry {
+                    name: port.clone(),
+                    kind: artifact.kind.clone(),
+                    digest: artifact.digest,
+                    bytes,
+                });
+                self.events.emit(Event::Artifact { stage: stage.name.clone(), port, artifact, bytes });
+            }
+        }
+        let result = StageResult {
+            format: StageResult::FORMAT,
+            key: key.to_owned(),
+            stage_type: stage.kind.clone(),
+            outputs: entries,
+            metrics: closing.figures,
+            last_seq,
+            lineage: Value::Object(closing.lineage),
+            profile: json!({ "device": self.plan.device, "config": entry.profile_config(&stage.config)? }),
+        };
+        if broken {
+            // The old record promises content that is gone; the new one replaces it.
+            self.store.delete(&format!("stages/{key}/result.json")).await?;
+        }
+        let committed = self.store.commit_result(key, &result).await?;
+        if committed.outputs != result.outputs {
+            let message = "another process finished this stage with other outputs; theirs count".to_owned();
+            self.warn(&stage.name, message);
+        }
+        Ok(committed)
+    }
+}
+
+/// `{port: {kind, digest} | [..]}` as the stage reads it.
+fn inputs_json(entry: &StageEntry, inputs: &Inputs) -> Value {
+    let mut map = Map::new();
+    for spec in entry.inputs() {
+        let Some(artifacts) = inputs.get(spec.name) else { continue };
+        let mut values = artifacts.iter().map(|artifact| json!({ "kind": artifact.kind, "digest": artifact.digest }));
+        let value = if spec.many { Some(values.collect()) } else { values.next() };
+        if let Some(value) = value {
+            map.insert(spec.name.to_owned(), value);
+        }
+    }
+    Value::Object(map)
+}
