@@ -113,6 +113,11 @@ impl AppState {
         Self { served: Arc::new(served), engine: Arc::new(engine), created_unix_secs, requests: Arc::default() }
     }
 
+    /// Name under `/v1/models`.
+    pub fn model_id(&self) -> &str {
+        &self.served.model_id
+    }
+
     /// The engine behind it.
     pub fn engine(&self) -> &Engine {
         &self.engine

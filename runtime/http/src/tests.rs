@@ -4,7 +4,7 @@ use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use dsv3_core::Cancel;
 use dsv3_data::{ChatTemplate, Tokenizer, TrainOptions};
-use dsv3_infer::{Decoder, Engine, Options, Step, Tensor};
+use dsv3_infer::{Decoder, Engine, Error, Options, Step, Tensor};
 use serde_json::{Value, json};
 
 use crate::{AppState, ModelText, Reply, Served, SmokeOptions, client, smoke};
@@ -31,23 +31,26 @@ impl Decoder for Counting {
     fn page_tokens(&self) -> usize {
         16
     }
+    fn token_bytes(&self) -> usize {
+        1
+    }
     fn cache(&self, _pages: usize) {}
     fn add(&self, (): &mut ()) -> usize {
         0
     }
-    fn fork(&self, (): &mut (), _seq: usize, _len: usize) -> usize {
-        0
+    fn fork(&self, (): &mut (), _seq: usize, _len: usize) -> Result<usize, Error> {
+        Ok(0)
     }
     fn remove(&self, (): &mut (), _seq: usize) {}
     fn truncate(&self, (): &mut (), _seq: usize, _len: usize) {}
-    fn forward(&self, (): &mut (), steps: &[Step<'_>]) -> Tensor {
+    fn forward(&self, (): &mut (), steps: &[Step<'_>]) -> Result<Tensor, Error> {
         std::thread::sleep(self.step);
         let ids: Vec<f32> = steps.iter().flat_map(|step| step.ids).map(|id| *id as f32).collect();
-        Tensor::f32(&[ids.len(), 1], ids)
+        Ok(Tensor::f32(&[ids.len(), 1], ids))
     }
-    fn draft(&self, (): &mut (), _hidden: &Tensor, steps: &[Step<'_>]) -> Tensor {
+    fn draft(&self, (): &mut (), _hidden: &Tensor, steps: &[Step<'_>]) -> Result<Tensor, Error> {
         let ids: Vec<f32> = steps.iter().flat_map(|step| step.ids).map(|id| *id as f32).collect();
-        Tensor::f32(&[ids.len(), 1], ids)
+        Ok(Tensor::f32(&[ids.len(), 1], ids))
     }
     fn logits(&self, hidden: &Tensor) -> Tensor {
         let mut logits = vec![0.0; hidden.rows() * VOCAB];

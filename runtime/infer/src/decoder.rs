@@ -5,6 +5,8 @@
 
 use dsv3_ops::Tensor;
 
+use crate::Error;
+
 /// New tokens of one sequence.
 #[derive(Clone, Copy, Debug)]
 pub struct Step<'a> {
@@ -31,14 +33,20 @@ pub trait Decoder: Send + Sync {
     /// Tokens per cache page.
     fn page_tokens(&self) -> usize;
 
+    /// Bytes of cache per token.
+    fn token_bytes(&self) -> usize;
+
     /// An empty cache of `pages` pages.
     fn cache(&self, pages: usize) -> Self::Cache;
 
     /// Starts an empty sequence.
     fn add(&self, cache: &mut Self::Cache) -> usize;
 
-    /// Starts a sequence that shares the first `len` tokens of `seq`, those of the drafting head included.
-    fn fork(&self, cache: &mut Self::Cache, seq: usize, len: usize) -> usize;
+    /// Starts a sequence that shares the first `len` tokens of `seq`.
+    ///
+    /// # Errors
+    /// [`Error::Model`] when the pages do not suffice.
+    fn fork(&self, cache: &mut Self::Cache, seq: usize, len: usize) -> Result<usize, Error>;
 
     /// Ends a sequence and frees its pages.
     fn remove(&self, cache: &mut Self::Cache, seq: usize);
@@ -47,11 +55,17 @@ pub trait Decoder: Send + Sync {
     fn truncate(&self, cache: &mut Self::Cache, seq: usize, len: usize);
 
     /// Appends tokens and returns their final hidden states `[rows, d]`, rows in the order of the steps.
-    fn forward(&self, cache: &mut Self::Cache, steps: &[Step<'_>]) -> Tensor;
+    ///
+    /// # Errors
+    /// [`Error::Model`] when a step does not fit the model or the cache.
+    fn forward(&self, cache: &mut Self::Cache, steps: &[Step<'_>]) -> Result<Tensor, Error>;
 
     /// Appends to the drafting head's cache: for each row the main model's hidden state at a position and the id that
     /// follows it. Returns `[rows, d]`, ready for [`Decoder::logits`], about the id after that.
-    fn draft(&self, cache: &mut Self::Cache, hidden: &Tensor, steps: &[Step<'_>]) -> Tensor;
+    ///
+    /// # Errors
+    /// As [`Decoder::forward`].
+    fn draft(&self, cache: &mut Self::Cache, hidden: &Tensor, steps: &[Step<'_>]) -> Result<Tensor, Error>;
 
     /// `[rows, d]` to `[rows, vocab_size]`, F32.
     fn logits(&self, hidden: &Tensor) -> Tensor;

@@ -128,7 +128,12 @@ fn serve<D: Decoder>(
             },
             Ok(Command::Cancel(id)) => scheduler.cancel(id, &mut |id, update| pass(&mut sinks, id, update)),
             Ok(Command::Stop) | Err(TryRecvError::Disconnected) => break,
-            Err(TryRecvError::Empty) => scheduler.step(&mut |id, update| pass(&mut sinks, id, update)),
+            Err(TryRecvError::Empty) => {
+                if let Err(error) = scheduler.step(&mut |id, update| pass(&mut sinks, id, update)) {
+                    tracing::error!(error = &error as &dyn std::error::Error, "the inference engine stops");
+                    break;
+                }
+            }
         }
         *counters.lock().unwrap_or_else(PoisonError::into_inner) = scheduler.counters();
     }

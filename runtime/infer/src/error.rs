@@ -31,6 +31,9 @@ pub enum Error {
         /// Position of the token that could not be chosen.
         position: usize,
     },
+    /// The model or its cache refused a step; a bug, since requests are checked before.
+    #[error("the model refused a step")]
+    Model(#[source] dsv3_model::Error),
     /// The operating system refused a thread.
     #[error("cannot start the inference thread")]
     Thread(#[source] std::io::Error),
@@ -50,7 +53,13 @@ impl From<Error> for dsv3_core::Error {
             Error::Busy { .. } | Error::Stopped | Error::Thread(_) => ErrorKind::Unavailable,
             Error::Cancelled => return Self::cancelled(),
             Error::NonFinite { .. } => ErrorKind::Data,
+            Error::Model(_) => ErrorKind::Internal,
         };
-        Self::new(kind, "inference failed").source(error)
+        let out = Self::new(kind, error.to_string());
+        match error {
+            Error::Model(source) => out.source(source),
+            Error::Thread(source) => out.source(source),
+            _ => out,
+        }
     }
 }

@@ -24,7 +24,8 @@ impl Default for GenerateOptions {
 /// Equal prompts without drafting are read once. A request's answer is the same bits whatever the others are.
 ///
 /// # Errors
-/// [`Error::Invalid`] for a request the model cannot serve, [`Error::Cancelled`], [`Error::NonFinite`].
+/// [`Error::Invalid`] for a request the model cannot serve, [`Error::Cancelled`], [`Error::NonFinite`],
+/// [`Error::Model`].
 pub fn generate<D: Decoder>(
     decoder: &D,
     requests: Vec<Request>,
@@ -80,7 +81,7 @@ pub(crate) fn run<D: Decoder>(
             }
             each(id as usize, update);
             true
-        });
+        })?;
         if let Some((request, position)) = failed {
             return Err(Error::NonFinite { request, position });
         }

@@ -38,6 +38,17 @@ impl Default for Options {
     }
 }
 
+impl Options {
+    /// As many tokens as a full batch of the longest sequences needs, but at most `cache_bytes_max` bytes; at least one
+    /// longest sequence.
+    #[must_use]
+    pub fn fitting<D: Decoder>(self, decoder: &D, cache_bytes_max: usize) -> Self {
+        let affordable = cache_bytes_max / decoder.token_bytes().max(1);
+        let wanted = self.batch_max.max(1).saturating_mul(decoder.positions_max());
+        Self { cache_tokens: wanted.min(affordable).max(decoder.positions_max()), ..self }
+    }
+}
+
 /// Totals since the start.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counters {
@@ -149,10 +160,13 @@ impl<'a, D: Decoder> Scheduler<'a, D> {
     }
 
     /// Runs one step. `sink` gets every update and answers false when nobody listens any more, which cancels.
-    pub fn step(&mut self, sink: &mut dyn FnMut(u64, Update) -> bool) {
+    ///
+    /// # Errors
+    /// [`Error::Model`], after which the scheduler is of no use.
+    pub fn step(&mut self, sink: &mut dyn FnMut(u64, Update) -> bool) -> Result<(), Error> {
         self.admit(sink);
         if self.running.is_empty() {
-            return;
+            return Ok(());
         }
         let plan = self.plan();
         let steps: Vec<Step<'_>> = self
@@ -165,10 +179,11 @@ impl<'a, D: Decoder> Scheduler<'a, D> {
         let prefill = self.running.iter().zip(&plan).filter(|(s, _)| s.is_prefill());
         self.counters.prompt_tokens += prefill.map(|(_, planned)| planned.ids.len() as u64).sum::<u64>();
         self.counters.steps += 1;
-        let hidden = self.decoder.forward(&mut self.cache, &steps);
+        let hidden = self.decoder.forward(&mut self.cache, &steps)?;
         let outcomes = self.choose(&plan, &hidden);
-        self.settle(&plan, &outcomes, &hidden);
+        self.settle(&plan, &outcomes, &hidden)?;
         self.report(outcomes, sink);
+        Ok(())
     }
 
     fn pages(&self, request: &Request) -> usize {
@@ -268,7 +283,7 @@ impl<'a, D: Decoder> Scheduler<'a, D> {
     }
 
     /// Brings the caches in line with what was accepted, and drafts the next tokens.
-    fn settle(&mut self, plan: &[Planned], outcomes: &[Vec<Outcome>], hidden: &Tensor) {
+    fn settle(&mut self, plan: &[Planned], outcomes: &[Vec<Outcome>], hidden: &Tensor) -> Result<(), Error> {
         for (index, planned) in plan.iter().enumerate() {
             let sequence = &mut self.running[index];
             if outcomes[index].first().is_some_and(|outcome| outcome.rows_kept < planned.ids.len()) {
@@ -277,7 +292,7 @@ impl<'a, D: Decoder> Scheduler<'a, D> {
             if outcomes[index].len() > 1 {
                 let (leader, fed) = (sequence.seq, sequence.fed);
                 for follower in &mut sequence.followers {
-                    follower.seq = self.decoder.fork(&mut self.cache, leader, fed);
+                    follower.seq = self.decoder.fork(&mut self.cache, leader, fed)?;
                 }
             }
         }
@@ -290,7 +305,7 @@ impl<'a, D: Decoder> Scheduler<'a, D> {
                 Some(speculate::Rows { index, rows: planned.row..planned.row + outcome.rows_kept })
             })
             .collect();
-        speculate::draft(self.decoder, &mut self.cache, &mut self.running, &rows, hidden);
+        speculate::draft(self.decoder, &mut self.cache, &mut self.running, &rows, hidden)
     }
 
     fn report(&mut self, outcomes: Vec<Vec<Outcome>>, sink: &mut dyn FnMut(u64, Update) -> bool) {

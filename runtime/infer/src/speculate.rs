@@ -12,7 +12,7 @@ use std::ops::Range;
 use dsv3_ops::Tensor;
 use rayon::prelude::*;
 
-use crate::{Decoder, Step, sampling, scheduler::gather, sequence::Sequence};
+use crate::{Decoder, Error, Step, sampling, scheduler::gather, sequence::Sequence};
 
 /// Rows of the step's hidden states that stand for accepted tokens of running sequence `index`.
 pub(crate) struct Rows {
@@ -27,11 +27,11 @@ pub(crate) fn draft<D: Decoder>(
     running: &mut [Sequence],
     accepted: &[Rows],
     hidden: &Tensor,
-) {
+) -> Result<(), Error> {
     let accepted: Vec<&Rows> =
         accepted.iter().filter(|rows| !rows.rows.is_empty() && running[rows.index].wants_draft()).collect();
     if accepted.is_empty() {
-        return;
+        return Ok(());
     }
     let steps: Vec<Step<'_>> = accepted
         .iter()
@@ -42,7 +42,7 @@ pub(crate) fn draft<D: Decoder>(
         })
         .collect();
     let all: Vec<usize> = accepted.iter().flat_map(|rows| rows.rows.clone()).collect();
-    let states = decoder.draft(cache, &gather(hidden, &all), &steps);
+    let states = decoder.draft(cache, &gather(hidden, &all), &steps)?;
     let mut end = 0;
     let mut last = Vec::new();
     let mut indices = Vec::new();
@@ -54,7 +54,7 @@ pub(crate) fn draft<D: Decoder>(
         }
     }
     if last.is_empty() {
-        return;
+        return Ok(());
     }
     let logits = decoder.logits(&gather(&states, &last));
     let drafts: Vec<Option<u32>> = logits
@@ -69,4 +69,5 @@ pub(crate) fn draft<D: Decoder>(
     for (index, draft) in indices.into_iter().zip(drafts) {
         running[index].draft = draft;
     }
+    Ok(())
 }

@@ -53,6 +53,9 @@ impl Decoder for Toy {
     fn page_tokens(&self) -> usize {
         8
     }
+    fn token_bytes(&self) -> usize {
+        1
+    }
     fn cache(&self, _pages: usize) -> ToyCache {
         ToyCache::default()
     }
@@ -61,11 +64,11 @@ impl Decoder for Toy {
         cache.head.push(Vec::new());
         cache.main.len() - 1
     }
-    fn fork(&self, cache: &mut ToyCache, seq: usize, len: usize) -> usize {
+    fn fork(&self, cache: &mut ToyCache, seq: usize, len: usize) -> Result<usize, Error> {
         let copy = cache.main[seq].as_ref().unwrap()[..len].to_vec();
         let new = self.add(cache);
         cache.main[new] = Some(copy);
-        new
+        Ok(new)
     }
     fn remove(&self, cache: &mut ToyCache, seq: usize) {
         assert!(cache.main[seq].take().is_some());
@@ -75,7 +78,7 @@ impl Decoder for Toy {
         assert!(len < ids.len() && cache.head[seq].len() <= len);
         ids.truncate(len);
     }
-    fn forward(&self, cache: &mut ToyCache, steps: &[Step<'_>]) -> Tensor {
+    fn forward(&self, cache: &mut ToyCache, steps: &[Step<'_>]) -> Result<Tensor, Error> {
         let mut out = Vec::new();
         for step in steps {
             assert!(!step.ids.is_empty());
@@ -86,9 +89,9 @@ impl Decoder for Toy {
             }
         }
         *self.rows.lock().unwrap() += out.len() / 3;
-        Tensor::f32(&[out.len() / 3, 3], out)
+        Ok(Tensor::f32(&[out.len() / 3, 3], out))
     }
-    fn draft(&self, cache: &mut ToyCache, hidden: &Tensor, steps: &[Step<'_>]) -> Tensor {
+    fn draft(&self, cache: &mut ToyCache, hidden: &Tensor, steps: &[Step<'_>]) -> Result<Tensor, Error> {
         let mut out = Vec::new();
         let mut rows = hidden.as_f32().chunks_exact(3);
         for step in steps {
@@ -101,7 +104,7 @@ impl Decoder for Toy {
             }
         }
         assert!(rows.next().is_none());
-        Tensor::f32(&[out.len() / 3, 3], out)
+        Ok(Tensor::f32(&[out.len() / 3, 3], out))
     }
     fn logits(&self, hidden: &Tensor) -> Tensor {
         let rows = hidden.as_f32().chunks_exact(3);
@@ -156,7 +159,7 @@ fn a_true_head_is_always_accepted_and_saves_steps() {
         let request = Request { stop_ids: vec![], max_tokens: 40, ..request(5, 1.0, speculate) };
         scheduler.submit(0, request).unwrap();
         while !scheduler.is_idle() {
-            scheduler.step(&mut |_, _| true);
+            scheduler.step(&mut |_, _| true).unwrap();
         }
         scheduler.counters()
     };
@@ -207,14 +210,16 @@ fn echo_starts_with_a_token_without_a_probability() {
             scheduler.submit(0, request).unwrap();
             let (mut echoed, mut new) = (Vec::new(), 0);
             while !scheduler.is_idle() {
-                scheduler.step(&mut |_, update| {
-                    match update {
-                        Update::Prompt(tokens) => echoed.extend(tokens),
-                        Update::Tokens(tokens) => new += tokens.len(),
-                        Update::Finished(finish) => assert_eq!(finish, Finish::Length),
-                    }
-                    true
-                });
+                scheduler
+                    .step(&mut |_, update| {
+                        match update {
+                            Update::Prompt(tokens) => echoed.extend(tokens),
+                            Update::Tokens(tokens) => new += tokens.len(),
+                            Update::Finished(finish) => assert_eq!(finish, Finish::Length),
+                        }
+                        true
+                    })
+                    .unwrap();
             }
             assert_eq!(echoed.iter().map(|token| token.id).collect::<Vec<_>>(), prompt);
             assert!(echoed.iter().enumerate().all(|(i, token)| token.logprob.is_some() == (i > 0)));
@@ -251,12 +256,14 @@ fn the_cache_bounds_who_runs() {
     }
     let mut ended = Vec::new();
     while !scheduler.is_idle() {
-        scheduler.step(&mut |id, update| {
-            if matches!(update, Update::Finished(_)) {
-                ended.push(id);
-            }
-            true
-        });
+        scheduler
+            .step(&mut |id, update| {
+                if matches!(update, Update::Finished(_)) {
+                    ended.push(id);
+                }
+                true
+            })
+            .unwrap();
         assert!(scheduler.counters().running <= 2);
     }
     assert_eq!(ended, (0..9).collect::<Vec<_>>());
@@ -276,12 +283,12 @@ fn cancelling_a_leader_leaves_its_followers_running() {
         }
         true
     };
-    scheduler.step(&mut sink);
+    scheduler.step(&mut sink).unwrap();
     scheduler.cancel(0, &mut sink);
     scheduler.cancel(0, &mut sink);
     scheduler.cancel(2, &mut sink);
     while !scheduler.is_idle() {
-        scheduler.step(&mut sink);
+        scheduler.step(&mut sink).unwrap();
     }
     assert_eq!(ended, [(0, Finish::Cancelled), (2, Finish::Cancelled), (1, Finish::Length)]);
 }
@@ -317,4 +324,76 @@ fn the_engine_answers_all_and_stops() {
     engine.stop(std::time::Duration::from_secs(5));
     let late = engine.submit(Request::greedy(vec![1], 1, vec![]), Box::new(|_| true));
     assert!(matches!(late, Err(Error::Stopped)));
+}
+
+mod model {
+    //! The same promises with a real model of random weights, in every precision.
+
+    use dsv3_model::{Model, ModelConfig};
+    use dsv3_ops::{Fp8Format, Fp8Scales, Precision};
+
+    use super::*;
+
+    fn random(precision: Precision) -> Model {
+        let json = r#"{
+            "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16,
+            "num_hidden_layers": 2, "first_k_dense_replace": 1, "num_attention_heads": 2, "q_lora_rank": 24,
+            "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8, "n_routed_experts": 8,
+            "num_experts_per_tok": 2, "n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5,
+            "max_position_embeddings": 128, "num_nextn_predict_layers": 1, "initializer_range": 0.2
+        }"#;
+        let config: ModelConfig = serde_json::from_str(json).unwrap();
+        Model::init(&config, precision, 11).unwrap()
+    }
+
+    fn requests(speculate: bool) -> Vec<Request> {
+        let one = |index: usize| {
+            let ids = (0..1 + index * 13 % 70).map(|i| (i as u32 * 7 + index as u32 % 5) % 64).collect();
+            let temperature = if index.is_multiple_of(2) { 0.0 } else { 1.0 };
+            let sampling = Sampling { temperature, top_p: 0.9, seed: index as u64 };
+            Request { speculate, ..Request::greedy(ids, 1 + index % 9, vec![5]).sampled(sampling) }
+        };
+        (0..24).chain(3..9).map(one).collect()
+    }
+
+    #[test]
+    fn bits_do_not_depend_on_batch_chunks_or_drafting() {
+        let fp8 = Precision::Fp8 { format: Fp8Format::E4m3, scales: Fp8Scales::F32 };
+        for precision in [Precision::F32, Precision::Bf16, fp8] {
+            let model = random(precision);
+            let run = |speculate, batch_max, prefill_tokens| {
+                let options = GenerateOptions { batch_max, prefill_tokens };
+                generate(&model, requests(speculate), options, &Cancel::new()).unwrap()
+            };
+            let alone = run(false, 1, 1000);
+            for (speculate, batch_max, prefill_tokens) in
+                [(false, 100, 1000), (false, 7, 5), (true, 1, 9), (true, 100, 64)]
+            {
+                let got = run(speculate, batch_max, prefill_tokens);
+                assert_eq!(got, alone, "{precision:?} speculate {speculate} batch {batch_max} chunk {prefill_tokens}");
+            }
+        }
+    }
+
+    #[test]
+    fn scores_agree_with_what_generation_reported() {
+        let model = random(Precision::F32);
+        let requests = requests(false);
+        let completions = generate(&model, requests.clone(), GenerateOptions::default(), &Cancel::new()).unwrap();
+        let items: Vec<Continuation> = requests
+            .iter()
+            .zip(&completions)
+            .map(|(request, completion)| Continuation {
+                prompt: request.ids.clone(),
+                continuation: completion.ids.clone(),
+            })
+            .collect();
+        let scores = score(&model, &items, &Cancel::new()).unwrap();
+        for (index, (score, completion)) in scores.iter().zip(&completions).enumerate() {
+            assert_eq!(score.logprobs, completion.logprobs);
+            if requests[index].sampling.temperature == 0.0 {
+                assert_eq!(score.greedy, completion.ids);
+            }
+        }
+    }
 }

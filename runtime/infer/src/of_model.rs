@@ -1,0 +1,106 @@
+//! [`dsv3_model::Model`] as a [`Decoder`].
+//!
+//! Latents are kept in F32 whatever the weights' precision: on the CPU that is as fast as BF16, and rollouts stay as near
+//! to the training path as the weights allow.
+
+use std::collections::BTreeMap;
+
+use dsv3_model::{LatentCache, LatentType, Model, MtpStep, PAGE_TOKENS, SeqId, SeqStep};
+use dsv3_ops::Tensor;
+
+use crate::{Decoder, Error, Step};
+
+/// The latent cache with the scheduler's names of its sequences.
+#[derive(Debug)]
+pub struct ModelCache {
+    latents: LatentCache,
+    names: BTreeMap<usize, SeqId>,
+    next: usize,
+}
+
+impl ModelCache {
+    fn insert(&mut self, seq: SeqId) -> usize {
+        self.next += 1;
+        self.names.insert(self.next, seq);
+        self.next
+    }
+
+    fn seq(&self, name: usize) -> Result<SeqId, Error> {
+        let unknown = || dsv3_model::Error::Cache { what: format!("no sequence {name}") };
+        self.names.get(&name).copied().ok_or_else(|| Error::Model(unknown()))
+    }
+}
+
+impl Decoder for Model {
+    type Cache = ModelCache;
+
+    fn vocab_size(&self) -> usize {
+        self.config.vocab_size
+    }
+
+    fn positions_max(&self) -> usize {
+        self.config.max_position_embeddings
+    }
+
+    fn has_draft(&self) -> bool {
+        self.config.num_nextn_predict_layers > 0
+    }
+
+    fn page_tokens(&self) -> usize {
+        PAGE_TOKENS
+    }
+
+    fn token_bytes(&self) -> usize {
+        LatentCache::token_bytes(self, LatentType::F32)
+    }
+
+    fn cache(&self, pages: usize) -> ModelCache {
+        ModelCache { latents: LatentCache::new(self, pages, LatentType::F32), names: BTreeMap::new(), next: 0 }
+    }
+
+    fn add(&self, cache: &mut ModelCache) -> usize {
+        let seq = cache.latents.start();
+        cache.insert(seq)
+    }
+
+    fn fork(&self, cache: &mut ModelCache, seq: usize, len: usize) -> Result<usize, Error> {
+        let seq = cache.seq(seq)?;
+        let fork = cache.latents.fork(seq, len).map_err(Error::Model)?;
+        Ok(cache.insert(fork))
+    }
+
+    fn remove(&self, cache: &mut ModelCache, seq: usize) {
+        if let Some(seq) = cache.names.remove(&seq) {
+            cache.latents.release(seq);
+        }
+    }
+
+    fn truncate(&self, cache: &mut ModelCache, seq: usize, len: usize) {
+        if let Some(seq) = cache.names.get(&seq) {
+            cache.latents.truncate(*seq, len);
+        }
+    }
+
+    fn forward(&self, cache: &mut ModelCache, steps: &[Step<'_>]) -> Result<Tensor, Error> {
+        let mut rows = Vec::with_capacity(steps.len());
+        for step in steps {
+            rows.push(SeqStep { seq: cache.seq(step.seq)?, ids: step.ids });
+        }
+        self.forward_cached(&mut cache.latents, &rows).map_err(Error::Model)
+    }
+
+    fn draft(&self, cache: &mut ModelCache, hidden: &Tensor, steps: &[Step<'_>]) -> Result<Tensor, Error> {
+        let (d, mut rest) = (hidden.cols(), hidden.as_f32());
+        let mut rows = Vec::with_capacity(steps.len());
+        for step in steps {
+            let (own, after) = rest.split_at(step.ids.len() * d);
+            rest = after;
+            rows.push(MtpStep { seq: cache.seq(step.seq)?, hidden: own, ids: step.ids });
+        }
+        self.forward_mtp_cached(&mut cache.latents, 0, &rows).map_err(Error::Model)
+    }
+
+    fn logits(&self, hidden: &Tensor) -> Tensor {
+        Model::logits(self, hidden)
+    }
+}
