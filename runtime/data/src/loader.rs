@@ -27,7 +27,7 @@ impl Loader {
     /// When the stream is shorter than one window of `seq_len + 1`.
     pub fn new(total_tokens: u64, seq_len: usize, seed: u64) -> Result<Self> {
         let seq_len = seq_len as u64;
-        let samples = if seq_len == 0 { 0 } else { total_tokens.saturating_sub(1) / seq_len };
+        let samples = total_tokens.saturating_sub(1).checked_div(seq_len).unwrap_or(0);
         if samples == 0 {
             return Err(DataError::options(format!(
                 "{total_tokens} tokens hold no sample of {seq_len} tokens and one more"

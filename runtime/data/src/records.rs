@@ -424,3 +424,6 @@ fn message(row: &Row, column: &str, index: usize, value: &Value) -> Result<Messa
     };
     Ok(Message::new(role, content))
 }
+
+#[cfg(test)]
+mod tests;

@@ -290,3 +290,6 @@ fn fim_marks(options: &IngestOptions, specials: &Specials) -> Result<Option<FimT
         }),
     }
 }
+
+#[cfg(test)]
+mod tests;

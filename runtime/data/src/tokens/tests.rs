@@ -1,3 +1,10 @@
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+};
+
+use dsv3_core::Error;
+
 use super::*;
 
 fn write(folder: &Path, documents: &[Vec<u32>], shard_tokens: u64) -> (Vec<PathBuf>, TokenMeta) {
@@ -67,10 +74,10 @@ fn a_small_cache_gives_the_same_tokens() {
     let many: Vec<Vec<u32>> = (0..30).map(|d| vec![d; 9000]).collect();
     let (paths, meta) = write(folder.path(), &many, 100_000);
     let dataset = TokenDataset::open(&paths, &meta).unwrap();
-    dataset.lock().tokens_max = 70_000;
+    dataset.limit_cache(70_000);
     for start in [0u64, 200_000, 65_530, 131_000, 10] {
         let expected: Vec<u32> = (start..start + 20).map(|i| (i / 9000) as u32).collect();
         assert_eq!(dataset.read(start..start + 20).unwrap(), expected);
     }
-    assert!(dataset.lock().tokens <= 70_000);
+    assert!(dataset.cached_tokens() <= 70_000);
 }

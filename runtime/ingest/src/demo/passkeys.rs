@@ -42,7 +42,7 @@ impl Key {
     /// One key in four is in no training text. Each word is held out with exactly three partners, so that all words are
     /// learned.
     pub fn held_out(&self) -> bool {
-        (self.colour + 3 * self.animal) % 4 == 0
+        (self.colour + 3 * self.animal).is_multiple_of(4)
     }
 
     /// Reads `white crow` back.

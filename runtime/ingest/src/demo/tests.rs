@@ -220,3 +220,25 @@ fn a_reasoned_answer_stays_within_the_tokens_of_a_rollout() {
         .collect();
     assert!(lengths.iter().all(|length| *length <= 36), "longest {:?}", lengths.iter().max());
 }
+
+#[test]
+fn the_page_about_the_data_states_the_right_rows_and_columns() {
+    let page = std::fs::read_to_string(shipped().join("README.md")).unwrap();
+    let (mut named, mut wrong) = (0, Vec::new());
+    for line in page.lines().filter(|line| line.starts_with("| `")) {
+        let cells: Vec<&str> = line.trim_matches('|').split(" | ").map(str::trim).collect();
+        let mut stated: Vec<&str> = cells[2].split(", ").collect();
+        stated.sort_unstable();
+        for name in cells[0].split(", ").map(|name| name.trim_matches('`').trim_end_matches('N')) {
+            let rows: Vec<_> = files(name).iter().flat_map(|path| Rows::open(path).unwrap()).collect();
+            let columns = rows[0].as_ref().unwrap().values.keys().collect::<Vec<_>>();
+            if rows.len().to_string() != cells[1].replace(" each", "").replace(',', "") || columns != stated {
+                wrong.push((name, rows.len(), columns.into_iter().cloned().collect::<Vec<_>>()));
+            }
+            named += files(name).len();
+        }
+    }
+    assert!(wrong.is_empty(), "{wrong:?}");
+    let all = std::fs::read_dir(shipped()).unwrap().map(|entry| entry.unwrap().path());
+    assert_eq!(named, all.filter(|path| path.extension().is_some_and(|e| e == "parquet")).count());
+}
