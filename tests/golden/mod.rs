@@ -3,7 +3,9 @@
 //! files. `tests/data/oracles/README.md` says what the records mean.
 
 mod fp8;
+mod grpo;
 mod init;
 mod oracle;
 mod planted;
 mod records;
+mod trace;

@@ -229,3 +229,6 @@ impl Model {
         linear::on_tape(tape, &o, &w[attention.o as usize])
     }
 }
+
+#[cfg(test)]
+mod tests;

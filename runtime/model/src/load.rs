@@ -58,12 +58,23 @@ pub fn load(path: &Path, precision: LoadPrecision, trainable: bool) -> Result<Lo
     for info in &table.params {
         check(&folder, info)?;
     }
-    let own = own_precision(&folder, &table)?;
+    let own = match (own_precision(&folder, &table)?, &config.quantization) {
+        (Precision::Fp8 { format, .. }, Some(quantization)) if quantization.scale_fmt.as_deref() == Some("ue8m0") => {
+            let conform = scales_are_powers_of_two(&folder, &table)?;
+            if !conform {
+                let path = path.display();
+                warnings
+                    .push(format!("{path}: scale_fmt is ue8m0, but not every scale is a power of two; f32 is used"));
+            }
+            Precision::Fp8 { format, scales: if conform { Fp8Scales::Ue8m0 } else { Fp8Scales::F32 } }
+        }
+        (own, _) => own,
+    };
     let target = match precision {
         LoadPrecision::Own => None,
         LoadPrecision::As(precision) => Some(precision),
     };
-    let goal = Goal { target: target.or(trainable.then_some(own)), trainable };
+    let goal = Goal { target: target.or(trainable.then_some(own)), own, trainable };
     let params = table.params.par_iter().map(|info| goal.read(&folder, info)).collect::<Result<Vec<_>, _>>()?;
     let experts = config.model.n_routed_experts;
     let biases = table
@@ -141,11 +152,27 @@ fn own_precision(folder: &Folder, table: &Table) -> Result<Precision, Error> {
     }
 }
 
+/// Whether every FP8 scale has a bare exponent. Such a weight encoded again with UE8M0 scales has the same values.
+fn scales_are_powers_of_two(folder: &Folder, table: &Table) -> Result<bool, Error> {
+    for info in table.params.iter().filter(|info| info.role == Role::Linear) {
+        let mut scales = Vec::new();
+        for name in info.tensor_names() {
+            folder.append_f32(folder.expect(&scale_name(&name), &scale_shape(info.tensor_shape()))?, &mut scales);
+        }
+        if scales.iter().any(|scale| !scale.is_normal() || *scale < 0.0 || scale.to_bits() & 0x7f_ffff != 0) {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
 /// What to make of stored tensors.
 #[derive(Clone, Copy)]
 struct Goal {
     /// `None`: as stored.
     target: Option<Precision>,
+    /// How the linear layers are stored.
+    own: Precision,
     trainable: bool,
 }
 
@@ -159,16 +186,15 @@ impl Goal {
             .collect::<Result<_, _>>()?;
         let stored = entries.first().map_or(Stored::F32, |(_, entry)| entry.stored);
         let param = |compute, master| Ok(Param { id: info.id, master, compute });
-        let kept =
-            matches!(self.target, None | Some(Precision::Fp8 { format: Fp8Format::E4m3, scales: Fp8Scales::F32 }));
         if stored == Stored::E4m3 {
             let (codes, scales) = read_fp8(folder, info, &entries)?;
-            if kept && !self.trainable {
+            let precision = self.target.unwrap_or(self.own);
+            if !self.trainable && precision == (Precision::Fp8 { format: Fp8Format::E4m3, scales: Fp8Scales::F32 }) {
                 return param(Weight::from_fp8(codes, scales), None);
             }
             let encoding = Encoding::E4m3;
             let master = Fp8 { codes, scales, tile: Tile::Block128, encoding, offsets: [].into() }.dequantize();
-            return self.from_master(info, master);
+            return self.from_master(info, master, precision);
         }
         let is_f32 = matches!(info.role, Role::Norm | Role::Router);
         if stored == Stored::Bf16 && self.target.is_none() && !is_f32 {
@@ -178,11 +204,11 @@ impl Goal {
         }
         let mut values = Vec::with_capacity(info.numel());
         entries.iter().for_each(|(_, entry)| folder.append_f32(entry, &mut values));
-        self.from_master(info, Tensor::f32(&info.shape, values))
+        self.from_master(info, Tensor::f32(&info.shape, values), self.target.unwrap_or(Precision::F32))
     }
 
-    fn from_master(&self, info: &ParamInfo, master: Tensor) -> Result<Param, Error> {
-        let compute = encoded(info.role, &master, self.target.unwrap_or(Precision::F32));
+    fn from_master(&self, info: &ParamInfo, master: Tensor, precision: Precision) -> Result<Param, Error> {
+        let compute = encoded(info.role, &master, precision);
         Ok(Param { id: info.id, compute, master: self.trainable.then_some(master) })
     }
 }
@@ -211,3 +237,6 @@ pub(crate) fn scale_name(name: &str) -> String {
 pub(crate) fn scale_shape(shape: &[usize]) -> Vec<usize> {
     shape.iter().map(|size| size.div_ceil(dsv3_ops::fp8::TILE)).collect()
 }
+
+#[cfg(test)]
+mod tests;
