@@ -80,8 +80,7 @@ fn trace(folder: &Folder, prefix: &str, moments: Moments) -> Faults {
     let start = masters(&trainer);
     let mut faults = Faults::new();
     for (step, (micro_batches, lr)) in steps(folder).iter().zip(&folder.get("trace.lr").values).enumerate() {
-        let rates =
-            Rates { lr: *lr, mtp_weight: folder.scalar("hyper.lam"), bias_speed: folder.scalar("hyper.gamma") };
+        let rates = Rates { lr: *lr, mtp_weight: folder.scalar("hyper.lam"), bias_speed: folder.scalar("hyper.gamma") };
         let metrics = trainer.train_step(micro_batches, rates).expect("the record's tokens fit");
         compare_step(&mut faults, folder, prefix, step, &metrics, &trainer);
     }

@@ -139,14 +139,14 @@ pub fn run_training(
         if run.obey(trainer, facts)? {
             continue;
         }
-        if options.validate_steps.is_some_and(|every| trainer.state.step % every.max(1) == 0) {
+        if options.validate_steps.is_some_and(|every| trainer.state.step.is_multiple_of(every.max(1))) {
             run.validate(trainer, work)?;
         }
         if run.checkpoint_is_due(trainer) {
             run.save(trainer)?;
         }
     }
-    if options.validate_steps.is_none_or(|every| trainer.state.step % every.max(1) != 0) {
+    if options.validate_steps.is_none_or(|every| !trainer.state.step.is_multiple_of(every.max(1))) {
         run.validate_once(trainer, work)?;
     }
     if run.saved_step != Some(trainer.state.step) { run.save(trainer) } else { Ok(()) }
@@ -260,7 +260,7 @@ impl Run<'_> {
             return false;
         }
         let CheckpointEvery { steps, minutes } = self.options.checkpoint;
-        let by_steps = steps.is_some_and(|every| trainer.state.step % every.max(1) == 0);
+        let by_steps = steps.is_some_and(|every| trainer.state.step.is_multiple_of(every.max(1)));
         let waited = self.host.clock.monotonic().saturating_sub(self.saved_at).as_secs_f64();
         by_steps || minutes.is_some_and(|minutes| waited >= minutes * 60.0)
     }
