@@ -8,6 +8,8 @@
 
 use std::ops::Range;
 
+use rayon::prelude::*;
+
 use crate::fp8::{self, Encoding, Fp8, Fp8Format, Fp8Scales, TILE, Tile};
 use crate::gemm::{PANEL, Right, transpose_panel};
 use crate::isa::Isa;
@@ -234,17 +236,21 @@ impl Weight {
     }
 }
 
-fn to_panels<T: Copy + Default>(rows: &[T], n: usize, k: usize, len: usize) -> Vec<T> {
+fn to_panels<T: Copy + Default + Send + Sync>(rows: &[T], n: usize, k: usize, len: usize) -> Vec<T> {
     let mut out = vec![T::default(); len];
-    let stack = n.next_multiple_of(PANEL) * k;
-    for (matrix, out) in rows.chunks(n * k).zip(out.chunks_mut(stack)) {
-        for (j, row) in matrix.chunks(k).enumerate() {
-            let panel = &mut out[j / PANEL * PANEL * k..];
-            for (p, x) in row.iter().enumerate() {
-                panel[p * PANEL + j % PANEL] = *x;
+    if len == 0 {
+        return out;
+    }
+    let panels = n.div_ceil(PANEL);
+    out.par_chunks_mut(PANEL * k).enumerate().for_each(|(at, panel)| {
+        let (matrix, first) = (at / panels, at % panels * PANEL);
+        for j in 0..PANEL.min(n - first) {
+            let row = (matrix * n + first + j) * k;
+            for (p, x) in rows[row..row + k].iter().enumerate() {
+                panel[p * PANEL + j] = *x;
             }
         }
-    }
+    });
     out
 }
 

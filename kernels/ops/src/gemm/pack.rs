@@ -42,8 +42,7 @@ impl Right for Mat<'_> {
         if self.col_stride == 1 {
             for (k, out) in ks.zip(out.chunks_exact_mut(PANEL)) {
                 let start = k * self.row_stride + cols.start;
-                out[..width].copy_from_slice(&self.data[start..start + width]);
-                out[width..].fill(0.0);
+                copy_padded::<PANEL>(&self.data[start..start + width], out);
             }
         } else if self.row_stride == 1 {
             let start = cols.start * self.col_stride + ks.start;
@@ -77,21 +76,40 @@ simd_fn! {
     }
 }
 
-/// Packs rows `rows` and columns `ks` of `a`.
+/// Copies `from`, at most `N` elements, and zeros after it. A full run is a few vector moves, not a call.
+#[inline(always)]
+fn copy_padded<const N: usize>(from: &[f32], out: &mut [f32]) {
+    let out = &mut out[..N];
+    match <&[f32; N]>::try_from(from) {
+        Ok(full) => out.copy_from_slice(full),
+        Err(_) => {
+            out[..from.len()].copy_from_slice(from);
+            out[from.len()..].fill(0.0);
+        }
+    }
+}
+
+/// Packs rows `rows` and columns `ks` of `a`, `step` (4, 6 or 8) rows side by side.
 pub(super) fn left(a: Mat<'_>, rows: Range<usize>, ks: Range<usize>, step: usize, out: &mut [f32]) {
-    let len = ks.len();
-    for (first, out) in rows.clone().step_by(step).zip(out.chunks_mut(step * len)) {
-        let width = step.min(rows.end - first);
-        for (k, out) in ks.clone().zip(out.chunks_exact_mut(step)) {
+    match step {
+        8 => left_by::<8>(a, rows, ks, out),
+        6 => left_by::<6>(a, rows, ks, out),
+        _ => left_by::<4>(a, rows, ks, out),
+    }
+}
+
+fn left_by<const STEP: usize>(a: Mat<'_>, rows: Range<usize>, ks: Range<usize>, out: &mut [f32]) {
+    for (first, out) in rows.clone().step_by(STEP).zip(out.chunks_mut(STEP * ks.len())) {
+        let width = STEP.min(rows.end - first);
+        for (k, out) in ks.clone().zip(out.chunks_exact_mut(STEP)) {
             let start = first * a.row_stride + k * a.col_stride;
             if a.row_stride == 1 {
-                out[..width].copy_from_slice(&a.data[start..start + width]);
+                copy_padded::<STEP>(&a.data[start..start + width], out);
             } else {
-                for (i, out) in out[..width].iter_mut().enumerate() {
-                    *out = a.data[start + i * a.row_stride];
+                for (i, out) in out.iter_mut().enumerate() {
+                    *out = if i < width { a.data[start + i * a.row_stride] } else { 0.0 };
                 }
             }
-            out[width..].fill(0.0);
         }
     }
 }
