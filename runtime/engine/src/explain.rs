@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 use crate::{
     Engine,
     cached::{self, Found, Missing},
+    check::{CheckedStage, Spec},
     error::EngineError,
     plan::{InputRef, Plan, PlannedStage, key::KeyRecord},
     runs::summary,
@@ -37,6 +38,8 @@ pub enum State {
         /// What is missing.
         why: String,
     },
+    /// Nobody looked: its inputs lie in object stores, which are read when the pipeline runs.
+    Unread,
     /// Its key is known once this stage has finished.
     Waits {
         /// The stage it waits for.
@@ -57,8 +60,8 @@ pub struct StageState {
     /// What would happen.
     #[serde(flatten)]
     pub state: State,
-    /// What the stage says about itself before it runs.
-    pub facts: Vec<String>,
+    /// What the stage says of itself before it runs, as names and values.
+    pub facts: Vec<(String, String)>,
 }
 
 /// Why a stage is or is not cached.
@@ -80,6 +83,20 @@ struct Known {
     state: StageState,
     record: Option<KeyRecord>,
     result: Option<StageResult>,
+}
+
+impl Spec {
+    /// The stages without a look at any store or external file.
+    pub fn outline(&self) -> Vec<StageState> {
+        let describe = |stage: &CheckedStage| StageState {
+            stage: stage.name.clone(),
+            kind: stage.entry.name.to_owned(),
+            key: None,
+            state: State::Unread,
+            facts: stage.facts.clone(),
+        };
+        self.stages.iter().map(describe).collect()
+    }
 }
 
 impl Engine {

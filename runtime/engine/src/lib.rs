@@ -32,7 +32,7 @@ pub use explain::{Explanation, StageState, State};
 pub use plan::{InputRef, Plan, PlannedHook, PlannedInput, PlannedStage};
 pub use run::{RunOptions, RunReport, Selection, StageReport};
 pub use runs::RunSummary;
-pub use spec::{HookLimits, LoadOptions};
+pub use spec::{Floor, HookLimits, LoadOptions};
 
 #[cfg(test)]
 mod tests;

@@ -168,6 +168,29 @@ async fn selections_choose_by_the_graph() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn floors_and_notes_judge_cached_results_too() {
+    let fixture = Fixture::new();
+    fixture.engine.run(&fixture.plan(PIPELINE, &[]).await, &fixture.options()).await.unwrap();
+    let sets = [
+        "stages.a.floors={reached: {min: 6}, other: {max: 1}}",
+        "stages.b.floors={reached: {max: 8}}",
+        "stages.b.notes={reached: 'no ability'}",
+    ];
+    let report = fixture.engine.run(&fixture.plan(PIPELINE, &sets).await, &fixture.options()).await.unwrap();
+    assert!(report.stages.iter().all(|stage| stage.outcome == Outcome::Cached));
+    let ok = |name: &str| report.figures[name].ok;
+    assert_eq!(
+        (ok("a.reached"), ok("a.other"), ok("b.reached"), ok("both.sum")),
+        (Some(false), Some(false), Some(true), None)
+    );
+    assert_eq!(report.figures["b.reached"].note.as_deref(), Some("no ability"));
+    let last = fixture.events.lock().unwrap().last().cloned();
+    let Some(Event::RunFinished { metrics, .. }) = last else { panic!("{last:?}") };
+    assert_eq!(metrics["b.reached"]["value"], 8.0);
+    assert_eq!(metrics["b.reached"]["ok"], true);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_lost_blob_makes_its_stage_run_again_and_says_why() {
     let fixture = Fixture::new();
     let plan = fixture.plan(PIPELINE, &[]).await;

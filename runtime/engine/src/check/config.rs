@@ -13,9 +13,6 @@ use crate::{
     yaml::Node,
 };
 
-/// Key of output facts that holds lines for `plan`, one text each.
-const LINES: &str = "plan";
-
 /// The stages in order; those with a problem are left out, and what they would say of their outputs is unknown.
 pub(super) fn check(
     checker: &mut Checker<'_>,
@@ -43,7 +40,7 @@ pub(super) fn check(
         let mut lines = Vec::new();
         if problems.is_empty() {
             let outputs = entry.facts(&config, &facts);
-            lines = plan_lines(&outputs);
+            lines = entry.describe(&config, &facts, checker.at_tokens);
             known.insert(&stage.name.text, outputs);
         }
         for problem in problems {
@@ -51,7 +48,8 @@ pub(super) fn check(
         }
         let hooks = std::mem::take(&mut hooks[i]);
         let name = stage.name.text.clone();
-        stages.push(CheckedStage { name, entry, config, inputs: connected, hooks, facts: lines });
+        let (floors, notes) = (stage.floors.clone(), stage.notes.clone());
+        stages.push(CheckedStage { name, entry, config, inputs: connected, hooks, floors, notes, facts: lines });
     }
     stages
 }
@@ -100,12 +98,6 @@ fn input_facts(connected: &[CheckedInput], known: &BTreeMap<&str, OutputFacts>) 
         }
     }
     facts
-}
-
-/// Lines that stages say about themselves for `plan`: output facts `{"plan": ["671,026,419,200 parameters", ..]}`.
-fn plan_lines(outputs: &OutputFacts) -> Vec<String> {
-    let lines = outputs.get(LINES).and_then(Value::as_array).into_iter().flatten();
-    lines.map(|line| line.as_str().map_or_else(|| line.to_string(), str::to_owned)).collect()
 }
 
 /// A stage's problem at its place: the deepest node of its path that was written.

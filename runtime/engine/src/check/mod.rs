@@ -15,7 +15,7 @@ use serde_json::Value;
 use crate::{
     diagnostics::{Diagnostic, Diagnostics, Sources, Span, did_you_mean},
     spec::{
-        HookLimits, Reading, StageSpec, Word, Written,
+        Floor, HookLimits, Reading, StageSpec, Word, Written,
         files::{self, ExternalFile},
     },
 };
@@ -43,6 +43,12 @@ impl Spec {
     /// URL of the store it runs in.
     pub fn store(&self) -> &str {
         &self.store
+    }
+
+    /// Whether inputs lie in object stores, which are read only when the pipeline is planned to run.
+    pub fn has_remote_inputs(&self) -> bool {
+        let inputs = self.stages.iter().flat_map(|stage| &stage.inputs);
+        inputs.flat_map(|input| &input.values).any(|value| matches!(value, CheckedValue::Remote { .. }))
     }
 
     /// Names and types of the stages, each after its inputs.
@@ -84,7 +90,9 @@ pub(crate) struct CheckedStage {
     pub(crate) config: Value,
     pub(crate) inputs: Vec<CheckedInput>,
     pub(crate) hooks: BTreeMap<String, String>,
-    pub(crate) facts: Vec<String>,
+    pub(crate) floors: BTreeMap<String, Floor>,
+    pub(crate) notes: BTreeMap<String, String>,
+    pub(crate) facts: Vec<(String, String)>,
 }
 
 /// What the checks share.
@@ -93,6 +101,7 @@ pub(crate) struct Checker<'a> {
     pub(crate) written: &'a Written,
     /// Folder of each origin, for relative paths.
     pub(crate) reading: &'a Reading,
+    pub(crate) at_tokens: &'a [u64],
     pub(crate) problems: Vec<Diagnostic>,
 }
 
@@ -120,9 +129,14 @@ impl Checker<'_> {
 }
 
 /// Checks everything; all problems of reading and checking are in the error.
-pub(crate) fn check(reading: Reading, entries: &[StageEntry], cache_dir: Option<&Path>) -> Result<Spec, Diagnostics> {
+pub(crate) fn check(
+    reading: Reading,
+    entries: &[StageEntry],
+    at_tokens: &[u64],
+    cache_dir: Option<&Path>,
+) -> Result<Spec, Diagnostics> {
     let Some(written) = &reading.written else { return Err(Diagnostics::new(reading.sources, reading.problems)) };
-    let mut checker = Checker { entries, written, reading: &reading, problems: Vec::new() };
+    let mut checker = Checker { entries, written, reading: &reading, at_tokens, problems: Vec::new() };
     device(&mut checker);
     let hooks = hooks::check(&mut checker, host(written, cache_dir).as_ref());
     for stage in &written.stages {

@@ -19,7 +19,7 @@ use serde_json::Value;
 
 pub(crate) use make::make;
 
-use crate::spec::HookLimits;
+use crate::spec::{Floor, HookLimits};
 
 /// Where an input comes from.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -88,9 +88,15 @@ pub struct PlannedStage {
     pub inputs: Vec<PlannedInput>,
     /// Name of the hook on each hook port.
     pub hooks: BTreeMap<String, String>,
-    /// Facts known before running, one line each, for `plan`.
+    /// Floors of closing figures by metric; not part of the key.
     #[serde(default)]
-    pub facts: Vec<String>,
+    pub floors: BTreeMap<String, Floor>,
+    /// Remarks on closing figures by metric; not part of the key.
+    #[serde(default)]
+    pub notes: BTreeMap<String, String>,
+    /// What the stage says of itself before it runs, as names and values.
+    #[serde(default)]
+    pub facts: Vec<(String, String)>,
 }
 
 /// A pipeline ready to run.

@@ -3,6 +3,7 @@
 //! There is one execution path: [`Engine::run`] walks the stages of a new run, [`Engine::resume`] those of a stored one,
 //! [`Engine::exec`] exactly one stage of a stored run, in whatever process a batch queue or another engine calls it.
 
+mod floors;
 mod select;
 mod stage;
 
@@ -261,8 +262,8 @@ impl Run<'_> {
         seconds: f64,
     ) -> Result<(), Error> {
         let said = outcome.as_ref().map_or_else(outcome_of, Clone::clone);
-        let figures = result.iter().flat_map(|result| &result.metrics);
-        let metrics = figures.map(|(name, figure)| (name.clone(), figure_json(figure))).collect();
+        let closing = result.as_ref().map(|result| floors::judge(stage, &result.metrics)).unwrap_or_default();
+        let metrics = closing.iter().map(|(name, figure)| (name.clone(), figure_json(figure))).collect();
         let name = stage.name.clone();
         self.events.emit(Event::StageFinished { stage: name.clone(), outcome: said.clone(), seconds, metrics });
         if let Some(result) = &result {
@@ -296,8 +297,10 @@ impl Run<'_> {
     fn figures(&self) -> BTreeMap<String, Figure> {
         let mut figures = BTreeMap::new();
         for report in &self.reports {
-            for (name, figure) in report.result.iter().flat_map(|result| &result.metrics) {
-                figures.insert(format!("{}.{name}", report.stage), figure.clone());
+            let stage = self.plan.stages.iter().find(|stage| stage.name == report.stage);
+            let (Some(stage), Some(result)) = (stage, &report.result) else { continue };
+            for (name, figure) in floors::judge(stage, &result.metrics) {
+                figures.insert(format!("{}.{name}", report.stage), figure);
             }
         }
         figures

@@ -96,6 +96,22 @@ fn stage(entry: &StageEntry, config: Value) -> Value {
             "inputs": inputs(&entry.inputs()),
             "hooks": { "type": "object", "properties": hooks, "required": needed, "additionalProperties": false },
             "config": config,
+            "floors": {
+                "type": "object",
+                "description": "What closing figures should reach, by metric; a missed floor is shown and fails nothing.",
+                "additionalProperties": {
+                    "type": "object",
+                    "properties": { "min": { "type": "number" }, "max": { "type": "number" } },
+                    "minProperties": 1,
+                    "maxProperties": 1,
+                    "additionalProperties": false,
+                },
+            },
+            "notes": {
+                "type": "object",
+                "description": "Remarks in the closing table, by metric.",
+                "additionalProperties": { "type": "string" },
+            },
         },
         "patternProperties": { "^x-": true },
         "additionalProperties": false,

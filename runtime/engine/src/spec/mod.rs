@@ -25,6 +25,8 @@ pub struct LoadOptions {
     pub store: Option<String>,
     /// Compute threads that replace those the file names.
     pub threads: Option<usize>,
+    /// Token counts at which stages describe their schedules.
+    pub at_tokens: Vec<u64>,
     /// Current directory of relative paths on the command line; empty means the process's.
     pub current_dir: PathBuf,
     /// Environment that `${env.X}` reads; `None` means the process's.
@@ -70,6 +72,16 @@ impl Default for HookLimits {
     }
 }
 
+/// What a closing figure should reach. A missed floor is shown and fails nothing.
+#[derive(Clone, Copy, Debug, PartialEq, serde::Serialize, serde::Deserialize, schemars::JsonSchema)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum Floor {
+    /// The figure should be at least this.
+    Min(f64),
+    /// The figure should be at most this.
+    Max(f64),
+}
+
 /// One input port as written: a single value or a list.
 #[derive(Clone, Debug)]
 pub(crate) struct InputSpec {
@@ -85,6 +97,10 @@ pub(crate) struct StageSpec {
     pub(crate) inputs: Vec<InputSpec>,
     /// Hook port and name of the hook.
     pub(crate) hooks: Vec<(Word, Word)>,
+    /// Floors of closing figures by metric.
+    pub(crate) floors: BTreeMap<String, Floor>,
+    /// Remarks on closing figures by metric.
+    pub(crate) notes: BTreeMap<String, String>,
     /// Absent means an empty map at the stage's name.
     pub(crate) config: Node,
     pub(crate) config_span: Span,

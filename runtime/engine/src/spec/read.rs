@@ -11,7 +11,7 @@ use crate::{
 };
 
 const ROOT_KEYS: [&str; 9] = ["version", "name", "params", "store", "seed", "threads", "device", "hooks", "stages"];
-const STAGE_KEYS: [&str; 4] = ["type", "inputs", "hooks", "config"];
+const STAGE_KEYS: [&str; 6] = ["type", "inputs", "hooks", "config", "floors", "notes"];
 const HOOK_KEYS: [&str; 5] = ["wasm", "world", "config", "limits", "on_error"];
 
 pub(super) fn written(
@@ -182,6 +182,8 @@ fn stage(fields: &mut Fields<'_>, entry: &Entry) -> Option<StageSpec> {
             }
         }
     }
+    let floors = typed(fields, entries, "floors", &what).unwrap_or_default();
+    let notes = typed(fields, entries, "notes", &what).unwrap_or_default();
     let empty = Node::new(Value::Map(Vec::new()), entry.key_span);
     let (config, config_span) = match first(entries, "config") {
         Some(config) => {
@@ -191,5 +193,5 @@ fn stage(fields: &mut Fields<'_>, entry: &Entry) -> Option<StageSpec> {
         }
         None => (empty, entry.key_span),
     };
-    Some(StageSpec { name: word(entry), kind: kind?, inputs, hooks, config, config_span })
+    Some(StageSpec { name: word(entry), kind: kind?, inputs, hooks, floors, notes, config, config_span })
 }
