@@ -17,9 +17,10 @@ use rayon::prelude::*;
 
 use crate::gemm::{self, Mat, Product, Right};
 use crate::isa::{Isa, simd_fn};
+use crate::memory::buffer;
 use crate::panels::Panels;
 
-use crate::vector::{dot, exp_in_place, for_row_chunks, max};
+use crate::vector::{dot, exp_in_place, for_row_chunks, max, scratch};
 use crate::{Back, Grads, Job, Spans, Tape, Tensor, Var, VarId};
 
 /// Queries computed together.
@@ -135,7 +136,7 @@ fn by_sequence_and_head<'a>(mut data: &'a mut [f32], spans: &Spans, heads: usize
 
 /// Reorders head-major parts (see [`by_sequence_and_head`]) into `[tokens, heads, width]`.
 fn interleave(parts: &[f32], spans: &Spans, heads: usize, width: usize) -> Vec<f32> {
-    let mut out = vec![0.0; parts.len()];
+    let mut out = buffer(parts.len());
     for range in spans.iter() {
         let (first, len) = (range.start, range.len());
         let rows = &mut out[first * heads * width..range.end * heads * width];
@@ -156,14 +157,14 @@ fn evaluate(q: &Tensor, kv: &Tensor, k_rope: &Tensor, spans: &Spans, scale: f32)
     let sizes = Sizes::of(q, kv, k_rope, spans);
     let inputs = Inputs { q: q.as_f32(), kv: kv.as_f32(), k_rope: k_rope.as_f32(), sizes, scale };
     let (tokens, heads, dv) = (spans.tokens(), sizes.heads, sizes.dv);
-    let mut out = vec![0.0; tokens * heads * dv];
+    let mut out = scratch(tokens * heads * dv);
     let mut logsumexp = vec![0.0; tokens * heads];
-    by_sequence_and_head(&mut out, spans, heads, dv)
+    by_sequence_and_head(out.as_f32_mut(), spans, heads, dv)
         .into_par_iter()
         .zip(by_sequence_and_head(&mut logsumexp, spans, heads, 1))
         .enumerate()
         .for_each(|(i, (out, logsumexp))| one_head(&inputs, spans.range(i / heads), i % heads, out, logsumexp));
-    let out = interleave(&out, spans, heads, dv);
+    let out = interleave(out.as_f32(), spans, heads, dv);
     (Tensor::f32(&[tokens, heads * dv], out), logsumexp)
 }
 
@@ -171,10 +172,10 @@ fn one_head(inputs: &Inputs<'_>, range: Range<usize>, head: usize, out: &mut [f3
     let (first, len, dq, dv) = (range.start, range.len(), inputs.sizes.dq(), inputs.sizes.dv);
     let keys = Panels::new(Mat::transposed(&inputs.scaled_keys(first, len, head), dq), dq, len);
     let values = Panels::new(inputs.values(first, head), len, dv);
-    let mut scores = vec![0.0; TILE.min(len) * len];
+    let mut scores = scratch(TILE.min(len) * len);
     for tile in tiles(len) {
         let (rows, width) = (tile.len(), tile.end);
-        let scores = &mut scores[..rows * width];
+        let scores = &mut scores.as_f32_mut()[..rows * width];
         product([rows, width, dq], inputs.queries(first + tile.start, head), &keys, scores, false);
         let mut inverse_totals = [0.0; TILE];
         let statistics = (&mut logsumexp[tile.clone()], &mut inverse_totals);
@@ -221,21 +222,21 @@ impl Back for AttentionBack {
         let sizes = Sizes::of(q, kv, k_rope, &self.spans);
         let inputs = Inputs { q: q.as_f32(), kv: kv.as_f32(), k_rope: k_rope.as_f32(), sizes, scale: self.scale };
         let heads = sizes.heads;
-        let mut dq = vec![0.0; q.numel()];
-        let mut dk = vec![0.0; q.numel()];
-        let mut dv = vec![0.0; self.spans.tokens() * heads * sizes.dv];
-        by_sequence_and_head(&mut dq, &self.spans, heads, sizes.dq())
+        let mut dq = scratch(q.numel());
+        let mut dk = scratch(q.numel());
+        let mut dv = scratch(self.spans.tokens() * heads * sizes.dv);
+        by_sequence_and_head(dq.as_f32_mut(), &self.spans, heads, sizes.dq())
             .into_par_iter()
-            .zip(by_sequence_and_head(&mut dk, &self.spans, heads, sizes.dq()))
-            .zip(by_sequence_and_head(&mut dv, &self.spans, heads, sizes.dv))
+            .zip(by_sequence_and_head(dk.as_f32_mut(), &self.spans, heads, sizes.dq()))
+            .zip(by_sequence_and_head(dv.as_f32_mut(), &self.spans, heads, sizes.dv))
             .enumerate()
             .for_each(|(i, ((dq, dk), dv))| {
                 let range = self.spans.range(i / heads);
                 let logsumexp = &self.logsumexp[range.start * heads + i % heads * range.len()..][..range.len()];
                 one_head_back(&inputs, range, i % heads, d_out.as_f32(), logsumexp, HeadGrads { dq, dk, dv });
             });
-        let dq = interleave(&dq, &self.spans, heads, sizes.dq());
-        let (d_kv, d_rope) = join_key_grads(&dk, &dv, &self.spans, sizes);
+        let dq = interleave(dq.as_f32(), &self.spans, heads, sizes.dq());
+        let (d_kv, d_rope) = join_key_grads(dk.as_f32(), dv.as_f32(), &self.spans, sizes);
         grads.add(self.q.id(), Tensor::f32(q.shape(), dq));
         grads.add(self.kv.id(), Tensor::f32(kv.shape(), d_kv));
         grads.add(self.k_rope.id(), Tensor::f32(k_rope.shape(), d_rope));
@@ -243,7 +244,7 @@ impl Back for AttentionBack {
     }
 }
 
-/// Gradients of one head of one sequence, zero at first.
+/// Where the gradients of one head of one sequence go.
 struct HeadGrads<'a> {
     dq: &'a mut [f32],
     dk: &'a mut [f32],
@@ -265,11 +266,13 @@ fn one_head_back(
     let keys_by_column = Panels::new(Mat::transposed(&keys, dq), dq, len);
     let values = inputs.values(first, head);
     let values_t = Panels::new(Mat { row_stride: 1, col_stride: values.row_stride, ..values }, dv, len);
-    let mut p = vec![0.0; TILE.min(len) * len];
-    let mut ds = vec![0.0; TILE.min(len) * len];
+    let mut p = scratch(TILE.min(len) * len);
+    let mut ds = scratch(TILE.min(len) * len);
+    grads.dk.fill(0.0);
+    grads.dv.fill(0.0);
     for tile in tiles(len) {
         let (rows, width) = (tile.len(), tile.end);
-        let (p, ds) = (&mut p[..rows * width], &mut ds[..rows * width]);
+        let (p, ds) = (&mut p.as_f32_mut()[..rows * width], &mut ds.as_f32_mut()[..rows * width]);
         let queries = inputs.queries(first + tile.start, head);
         let d_out = Mat::rows(&d_out[((first + tile.start) * s.heads + head) * dv..], s.heads * dv);
         product([rows, width, dq], queries, &keys_by_column, p, false);
@@ -306,7 +309,7 @@ simd_fn! {
 /// Head-major key and value gradients to those of kv `[tokens, heads, dn + dv]` and of the shared key `[tokens, dr]`.
 fn join_key_grads(dk: &[f32], dv: &[f32], spans: &Spans, s: Sizes) -> (Vec<f32>, Vec<f32>) {
     let (heads, dq) = (s.heads, s.dq());
-    let mut d_kv = vec![0.0; spans.tokens() * heads * s.dkv()];
+    let mut d_kv = buffer(spans.tokens() * heads * s.dkv());
     let mut d_rope = vec![0.0; spans.tokens() * s.dr];
     for range in spans.iter() {
         let (first, len) = (range.start, range.len());

@@ -1,6 +1,7 @@
 //! Splitting and joining the last dimension: `[.., a + b]` <-> `[.., a]`, `[.., b]`. Pure copies; each is the other's
 //! backward pass.
 
+use crate::memory::buffer;
 use crate::vector::for_row_chunks;
 use crate::{Back, Grads, Job, Tape, Tensor, Var, VarId};
 
@@ -18,7 +19,7 @@ fn with_cols(shape: &[usize], cols: usize) -> Vec<usize> {
 fn slice(x: &Tensor, start: usize, len: usize) -> Tensor {
     let (cols, data) = (x.cols(), x.as_f32());
     assert!(start + len <= cols, "columns {start}..{} of {:?}", start + len, x.shape());
-    let mut out = vec![0.0; x.rows() * len];
+    let mut out = buffer(x.rows() * len);
     for_row_chunks(&mut out, len, CHUNK_ROWS, len, |first, chunk| {
         for (i, row) in chunk.chunks_exact_mut(len).enumerate() {
             row.copy_from_slice(&data[(first + i) * cols + start..][..len]);
@@ -44,7 +45,7 @@ pub fn cat(a: &Tensor, b: &Tensor) -> Tensor {
     let (a_cols, b_cols) = (a.cols(), b.cols());
     let (a_data, b_data) = (a.as_f32(), b.as_f32());
     let cols = a_cols + b_cols;
-    let mut out = vec![0.0; a.rows() * cols];
+    let mut out = buffer(a.rows() * cols);
     for_row_chunks(&mut out, cols, CHUNK_ROWS, cols, |first, chunk| {
         for (i, row) in chunk.chunks_exact_mut(cols).enumerate() {
             row[..a_cols].copy_from_slice(&a_data[(first + i) * a_cols..][..a_cols]);

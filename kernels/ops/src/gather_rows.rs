@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use crate::elementwise::add_assign;
+use crate::memory::buffer;
 use crate::{Back, Grads, Job, Tape, Tensor, Var, VarId};
 
 /// Rows `rows` of `x` `[n, d]`: `[rows, d]`.
@@ -11,9 +12,11 @@ use crate::{Back, Grads, Job, Tape, Tensor, Var, VarId};
 /// When a row index is out of range.
 pub fn forward(x: &Tensor, rows: &[u32]) -> Tensor {
     let (d, data) = (x.cols(), x.as_f32());
-    let mut out = Vec::with_capacity(rows.len() * d);
-    for &row in rows {
-        out.extend_from_slice(&data[row as usize * d..][..d]);
+    let mut out = buffer(rows.len() * d);
+    if d > 0 {
+        for (out, &row) in out.chunks_exact_mut(d).zip(rows) {
+            out.copy_from_slice(&data[row as usize * d..][..d]);
+        }
     }
     Tensor::f32(&[rows.len(), d], out)
 }

@@ -13,8 +13,9 @@ use half::bf16;
 use crate::gemm::{Mat, gemm_serial};
 use crate::isa::{Isa, simd_fn};
 
-use crate::vector::{LANES, exp, exp_in_place, fold, for_row_chunks, max};
 use crate::bfloat::widen;
+use crate::memory::buffer;
+use crate::vector::{LANES, exp, exp_in_place, fold, for_row_chunks, max};
 use crate::{Tensor, Weight};
 
 /// Query rows a thread multiplies at a time.
@@ -85,7 +86,7 @@ impl Absorbed {
         assert!(q.shape()[1] == heads && width >= dn, "queries {:?} for {heads} heads of {dn}", q.shape());
         let out_width = rank + width - dn;
         let (data, kv_b) = (q.as_f32(), self.kv_b.as_f32());
-        let mut out = vec![0.0; rows * heads * out_width];
+        let mut out = buffer(rows * heads * out_width);
         for_row_chunks(&mut out, heads * out_width, CHUNK_ROWS, heads * dn * rank, |first, chunk| {
             let data = &data[first * heads * width..];
             let count = chunk.len() / (heads * out_width);
@@ -110,7 +111,7 @@ impl Absorbed {
         let rows = o.shape()[0];
         assert_eq!(o.shape()[1..], [heads, rank], "latent results of another shape");
         let (data, kv_b) = (o.as_f32(), self.kv_b.as_f32());
-        let mut out = vec![0.0; rows * heads * dv];
+        let mut out = buffer(rows * heads * dv);
         for_row_chunks(&mut out, heads * dv, CHUNK_ROWS, heads * dv * rank, |first, chunk| {
             let count = chunk.len() / (heads * dv);
             for head in 0..heads {

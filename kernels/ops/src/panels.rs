@@ -4,22 +4,24 @@
 
 use std::ops::Range;
 
+use crate::Tensor;
 use crate::gemm::{Mat, PANEL, Right};
 use crate::isa::Isa;
+use crate::vector::scratch;
 
 /// A packed `[k, n]` matrix. Products may use its first rows only.
 pub(crate) struct Panels {
     k: usize,
     n: usize,
-    data: Vec<f32>,
+    data: Tensor,
 }
 
 impl Panels {
     /// Packs `source` `[k, n]`.
     pub(crate) fn new(source: Mat<'_>, k: usize, n: usize) -> Self {
-        let mut data = vec![0.0; n.div_ceil(PANEL) * k * PANEL];
+        let mut data = scratch(n.div_ceil(PANEL) * k * PANEL);
         if k > 0 {
-            for (panel, out) in data.chunks_exact_mut(k * PANEL).enumerate() {
+            for (panel, out) in data.as_f32_mut().chunks_exact_mut(k * PANEL).enumerate() {
                 source.pack(Isa::best(), 0..k, panel * PANEL..n.min((panel + 1) * PANEL), out);
             }
         }
@@ -34,7 +36,7 @@ impl Right for Panels {
 
     fn in_place(&self, ks: Range<usize>, cols: Range<usize>, _once: bool) -> Option<(&[f32], usize)> {
         let panel = cols.start / PANEL * self.k;
-        Some((&self.data[(panel + ks.start) * PANEL..(panel + ks.end) * PANEL], PANEL))
+        Some((&self.data.as_f32()[(panel + ks.start) * PANEL..(panel + ks.end) * PANEL], PANEL))
     }
 
     fn pack(&self, _isa: Isa, ks: Range<usize>, cols: Range<usize>, out: &mut [f32]) {

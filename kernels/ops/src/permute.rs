@@ -7,6 +7,7 @@
 use std::sync::Arc;
 
 use crate::isa::{Isa, simd_fn};
+use crate::memory::buffer;
 use crate::vector::{add_scaled, dot, for_row_chunks};
 use crate::{Back, Grads, Job, Tape, Tensor, Var, VarId};
 
@@ -75,7 +76,7 @@ impl Dispatch {
 /// Rows of `x` `[tokens, d]` in slot order: `[tokens · top_k, d]`.
 pub fn forward(x: &Tensor, dispatch: &Dispatch) -> Tensor {
     let (d, data) = (x.cols(), x.as_f32());
-    let mut out = vec![0.0; dispatch.token_of_slot.len() * d];
+    let mut out = buffer(dispatch.token_of_slot.len() * d);
     for_row_chunks(&mut out, d, CHUNK_ROWS, d, |first, chunk| {
         for (row, &token) in chunk.chunks_exact_mut(d).zip(&dispatch.token_of_slot[first..]) {
             row.copy_from_slice(&data[token as usize * d..][..d]);
@@ -102,14 +103,14 @@ impl Back for PermuteBack {
     fn inputs(self: Box<Self>, grads: &mut Grads) -> Option<Job> {
         let dy = grads.take(self.out)?;
         let (d, dy) = (self.shape.last().copied().unwrap_or(1), dy.as_f32());
-        let mut dx = vec![0.0; self.dispatch.tokens() * d];
+        let mut dx = buffer(self.dispatch.tokens() * d);
         sum_slots(&mut dx, d, dy, &self.dispatch, &[]);
         grads.add(self.input, Tensor::f32(&self.shape, dx));
         None
     }
 }
 
-/// `out_t += Σ_k gate(t, k) · y[slot of (t, k)]`; no gates at all means 1.
+/// `out_t = Σ_k gate(t, k) · y[slot of (t, k)]`; no gates at all means 1.
 fn sum_slots(out: &mut [f32], d: usize, y: &[f32], dispatch: &Dispatch, gates: &[f32]) {
     let k = dispatch.top_k;
     for_row_chunks(out, d, CHUNK_ROWS, d * k, |first, chunk| {
@@ -121,6 +122,7 @@ fn sum_slots(out: &mut [f32], d: usize, y: &[f32], dispatch: &Dispatch, gates: &
 simd_fn! {
     fn sum_chunk(out: &mut [f32], d: usize, y: &[f32], slots: &[u32], gates: &[f32], k: usize) {
         for (i, row) in out.chunks_exact_mut(d).enumerate() {
+            row.fill(0.0);
             for choice in i * k..(i + 1) * k {
                 let gate = gates.get(choice).copied().unwrap_or(1.0);
                 add_scaled(row, gate, &y[slots[choice] as usize * d..][..d]);
@@ -163,7 +165,7 @@ pub fn combine_forward(y: &Tensor, gates: &Tensor, dispatch: &Dispatch) -> Tenso
         gates.shape(),
         dispatch.slot_of_choice.len(),
     );
-    let mut out = vec![0.0; tokens * d];
+    let mut out = buffer(tokens * d);
     sum_slots(&mut out, d, y.as_f32(), dispatch, gates.as_f32());
     Tensor::f32(&[tokens, d], out)
 }
@@ -187,7 +189,7 @@ impl Back for CombineBack {
         let d_out = grads.take(self.out)?;
         let (d, k, d_out) = (self.y.value.cols(), self.dispatch.top_k, d_out.as_f32());
         let (y, gates) = (self.y.value.as_f32(), self.gates.value.as_f32());
-        let mut dy = vec![0.0; y.len()];
+        let mut dy = buffer(y.len());
         for_row_chunks(&mut dy, d, CHUNK_ROWS, d, |first, chunk| {
             slot_grad_chunk(Isa::best(), chunk, d, d_out, &self.dispatch.choice_of_slot[first..], gates, k);
         });

@@ -5,6 +5,7 @@
 
 use crate::elementwise::add_assign;
 use crate::isa::{Isa, simd_fn};
+use crate::memory::buffer;
 use crate::vector::{collect, dot, for_row_chunks};
 use crate::{Back, Grads, Job, Param, ParamId, Tape, Tensor, Var, VarId, Weight};
 
@@ -37,7 +38,7 @@ fn normalise(x: &Tensor, w: &[f32], eps: f32) -> (Vec<f32>, Vec<f32>) {
     for_row_chunks(&mut inverse_rms, 1, CHUNK_ROWS, d, |first, chunk| {
         inverse_rms_chunk(Isa::best(), &data[first * d..], d, eps, chunk);
     });
-    let mut out = vec![0.0; rows * d];
+    let mut out = buffer(rows * d);
     for_row_chunks(&mut out, d, CHUNK_ROWS, d, |first, chunk| {
         scale_chunk(Isa::best(), &data[first * d..], w, &inverse_rms[first..], chunk);
     });
@@ -105,7 +106,7 @@ impl Back for RmsNormBack {
         let dy = grads.take(self.out)?;
         let (d, w) = (self.weight.numel(), self.weight.as_f32());
         let (x, dy_data) = (self.input.value.as_f32(), dy.as_f32());
-        let mut dx = vec![0.0; x.len()];
+        let mut dx = buffer(x.len());
         for_row_chunks(&mut dx, d, CHUNK_ROWS, 2 * d, |first, chunk| {
             let at = first * d;
             input_grad_chunk(Isa::best(), &x[at..], &dy_data[at..], w, &self.inverse_rms[first..], chunk);

@@ -9,6 +9,7 @@
 use std::f64::consts::PI;
 use std::sync::Arc;
 
+use crate::memory::buffer;
 use crate::vector::for_row_chunks;
 use crate::{Back, Grads, Job, Tape, Tensor, Var, VarId};
 
@@ -119,7 +120,8 @@ fn frequencies(dim: usize, theta: f32, yarn: Option<&Yarn>) -> Vec<f32> {
 /// # Panics
 /// When the columns do not exist, or a position is not in the table.
 pub fn forward(x: &Tensor, start: usize, positions: &[u32], table: &RopeTable) -> Tensor {
-    let mut out = x.as_f32().to_vec();
+    let mut out = buffer(x.numel());
+    out.copy_from_slice(x.as_f32());
     rotate(&mut out, x.cols(), start, positions, table, 1.0);
     Tensor::f32(x.shape(), out)
 }

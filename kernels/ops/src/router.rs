@@ -7,6 +7,7 @@
 
 use crate::gemm::{Mat, gemm};
 use crate::isa::{Isa, simd_fn};
+use crate::memory::buffer;
 use crate::vector::{collect, for_row_chunks, sigmoid};
 use crate::{Back, Grads, Job, Param, ParamId, Tape, Tensor, Var, VarId, Weight};
 
@@ -46,7 +47,7 @@ pub fn scores_on_tape(tape: &mut Tape, x: &Var, w: &Param) -> Var {
 fn scores(x: &Tensor, w: &Tensor) -> Tensor {
     let (tokens, d, experts) = (x.rows(), x.cols(), w.rows());
     assert_eq!(d, w.cols(), "router of width {} on {:?}", w.cols(), x.shape());
-    let mut out = vec![0.0; tokens * experts];
+    let mut out = buffer(tokens * experts);
     gemm(tokens, experts, d, Mat::rows(x.as_f32(), d), Mat::transposed(w.as_f32(), d), &mut out, experts, false);
     for_row_chunks(&mut out, experts, CHUNK_TOKENS, 8 * experts, |_, chunk| {
         sigmoid_chunk(Isa::best(), chunk);
@@ -87,7 +88,7 @@ impl Back for ScoresBack {
             sigmoid_grad_chunk(Isa::best(), chunk, &s[first..]);
         });
         let (experts, d, tokens) = (self.weight.rows(), self.weight.cols(), self.input.value.rows());
-        let mut dx = vec![0.0; tokens * d];
+        let mut dx = buffer(tokens * d);
         let w = Mat::rows(self.weight.as_f32(), d);
         gemm(tokens, d, experts, Mat::rows(d_logits.as_f32(), experts), w, &mut dx, d, false);
         grads.add(self.input.id(), Tensor::f32(self.input.value.shape(), dx));

@@ -3,6 +3,7 @@
 //! Backward: du = dy·g·σ; dg = dy·u·σ·(1 + g·(1 − σ)). Saved: g and u; σ is computed again.
 
 use crate::isa::{Isa, simd_fn};
+use crate::memory::buffer;
 use crate::vector::{for_row_chunks, sigmoid};
 use crate::{Back, Grads, Job, Tape, Tensor, Var, VarId};
 
@@ -18,7 +19,7 @@ const WORK: usize = 8;
 pub fn forward(gate: &Tensor, up: &Tensor) -> Tensor {
     assert_eq!(gate.numel(), up.numel(), "swiglu of {:?} and {:?}", gate.shape(), up.shape());
     let (g, u) = (gate.as_f32(), up.as_f32());
-    let mut out = vec![0.0; g.len()];
+    let mut out = buffer(g.len());
     for_row_chunks(&mut out, 1, CHUNK, WORK, |first, chunk| {
         forward_chunk(Isa::best(), &g[first..], &u[first..], chunk);
     });
@@ -67,11 +68,11 @@ impl Back for SwigluBack {
     fn inputs(self: Box<Self>, grads: &mut Grads) -> Option<Job> {
         let dy = grads.take(self.out)?;
         let (g, u, dy) = (self.gate.value.as_f32(), self.up.value.as_f32(), dy.as_f32());
-        let mut d_gate = vec![0.0; g.len()];
+        let mut d_gate = buffer(g.len());
         for_row_chunks(&mut d_gate, 1, CHUNK, WORK, |first, chunk| {
             gate_grad_chunk(Isa::best(), &g[first..], &u[first..], &dy[first..], chunk);
         });
-        let mut d_up = vec![0.0; g.len()];
+        let mut d_up = buffer(g.len());
         for_row_chunks(&mut d_up, 1, CHUNK, WORK, |first, chunk| {
             up_grad_chunk(Isa::best(), &g[first..], &dy[first..], chunk);
         });

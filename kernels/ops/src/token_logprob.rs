@@ -10,7 +10,8 @@ use std::sync::Arc;
 
 use crate::gemm::{self, Mat, Product, Right, gemm};
 use crate::isa::{Isa, simd_fn};
-use crate::vector::{LANES, exp, exp_in_place, fold, for_row_chunks, max};
+use crate::memory::buffer;
+use crate::vector::{LANES, exp, exp_in_place, fold, for_row_chunks, max, scratch};
 use crate::weight::Operand;
 use crate::{Back, Grads, Job, Param, ParamId, Tape, Tensor, Var, VarId, Weight};
 
@@ -88,11 +89,11 @@ fn evaluate(h: &Tensor, weight: &Weight, targets: &[u32], options: Options) -> (
     let mut logsumexp = vec![0.0; tokens];
     let rows = active_rows(targets, |_| true);
     let chunk_rows = options.chunk_rows.max(1);
-    let mut logits = vec![0.0; rows.len().min(chunk_rows) * vocab];
+    let mut logits = scratch(rows.len().min(chunk_rows) * vocab);
     let mut packed = Vec::new();
     for chunk in rows.chunks(chunk_rows) {
         gather(h, d, chunk, &mut packed);
-        let logits = &mut logits[..chunk.len() * vocab];
+        let logits = &mut logits.as_f32_mut()[..chunk.len() * vocab];
         product(chunk.len(), vocab, d, &packed, &w, logits);
         let logits = &*logits;
         let mut results = vec![0.0; chunk.len() * 3];
@@ -164,15 +165,17 @@ impl Back for HeadBack {
         let (d_logp, h) = (d_logp.as_f32(), self.h.value.as_f32());
         let (vocab, d) = (self.weight.outputs(), self.weight.inputs());
         let rows = active_rows(&self.targets, |row| d_logp[row] != 0.0);
-        let mut dh = vec![0.0; h.len()];
+        let mut dh = buffer(h.len());
+        dh.fill(0.0);
         // Logits are computed once for both gradients; the job only adds the finished sum.
-        let mut dw = vec![0.0; vocab * d];
+        let mut dw = buffer(vocab * d);
+        dw.fill(0.0);
         let chunk_rows = self.chunk_rows.max(1);
-        let mut logits = vec![0.0; rows.len().min(chunk_rows) * vocab];
+        let mut logits = scratch(rows.len().min(chunk_rows) * vocab);
         let (mut packed, mut dh_packed) = (Vec::new(), Vec::new());
         for chunk in rows.chunks(chunk_rows) {
             gather(h, d, chunk, &mut packed);
-            let logits = &mut logits[..chunk.len() * vocab];
+            let logits = &mut logits.as_f32_mut()[..chunk.len() * vocab];
             let n = chunk.len();
             product(n, vocab, d, &packed, &Operand::forward(&self.weight, 0), logits);
             self.to_logit_grads(logits, chunk, d_logp);

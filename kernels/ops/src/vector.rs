@@ -6,6 +6,9 @@
 
 use rayon::prelude::*;
 
+use crate::Tensor;
+use crate::memory::buffer;
+
 /// Lanes of a reduction.
 pub(crate) const LANES: usize = 16;
 
@@ -128,6 +131,11 @@ pub(crate) fn exp_in_place(x: &mut [f32], shift: f32) -> f32 {
         lanes[i] += *a;
     }
     fold(lanes)
+}
+
+/// Space for intermediate results, of unspecified content; it goes back to the pool when dropped.
+pub(crate) fn scratch(len: usize) -> Tensor {
+    Tensor::f32(&[len], buffer(len))
 }
 
 /// Calls `work(first_row, chunk)` for chunks of `chunk_rows` rows of `out`, in parallel when rows × `row_work` is large.
