@@ -95,8 +95,12 @@ struct Backward {
 impl Back for Backward {
     fn inputs(self: Box<Self>, grads: &mut Grads) -> Option<Job> {
         let Self { x, shape, saved, offsets, outputs } = *self;
-        let mut arrived: Vec<_> =
-            outputs.into_iter().filter_map(|(y, id, w)| grads.take(y).map(|dy| (dy, id, w))).collect();
+        let slots = offsets.last().copied().unwrap_or(0);
+        // The op that made a gradient may have known the output under another shape; FP8 tiles need this one.
+        let mut arrived: Vec<_> = outputs
+            .into_iter()
+            .filter_map(|(y, id, w)| grads.take(y).map(|dy| (dy.reshape(&[slots, w.outputs()]), id, w)))
+            .collect();
         if arrived.is_empty() {
             return None;
         }

@@ -194,7 +194,7 @@ impl Goal {
             }
             let encoding = Encoding::E4m3;
             let master = Fp8 { codes, scales, tile: Tile::Block128, encoding, offsets: [].into() }.dequantize();
-            return self.from_master(info, master, precision);
+            return Ok(self.encode(info, master, precision));
         }
         let is_f32 = matches!(info.role, Role::Norm | Role::Router);
         if stored == Stored::Bf16 && self.target.is_none() && !is_f32 {
@@ -204,12 +204,13 @@ impl Goal {
         }
         let mut values = Vec::with_capacity(info.numel());
         entries.iter().for_each(|(_, entry)| folder.append_f32(entry, &mut values));
-        self.from_master(info, Tensor::f32(&info.shape, values), self.target.unwrap_or(Precision::F32))
+        let precision = self.target.unwrap_or(Precision::F32);
+        Ok(self.encode(info, Tensor::f32(&info.shape, values), precision))
     }
 
-    fn from_master(&self, info: &ParamInfo, master: Tensor, precision: Precision) -> Result<Param, Error> {
+    fn encode(&self, info: &ParamInfo, master: Tensor, precision: Precision) -> Param {
         let compute = encoded(info.role, &master, precision);
-        Ok(Param { id: info.id, compute, master: self.trainable.then_some(master) })
+        Param { id: info.id, compute, master: self.trainable.then_some(master) }
     }
 }
 
