@@ -22,6 +22,9 @@ pub struct IngestOptions {
     pub split_pattern: String,
     /// Bytes of text, about, that the tokenizer is trained on; a larger corpus is sampled.
     pub tokenizer_sample_bytes: u64,
+    /// Texts that a trained tokenizer should spell in few tokens although the documents rarely hold them, such as the
+    /// marks of a later stage's answers: it is trained as if one in a thousand bytes of its sample were each of these.
+    pub vocabulary_texts: Vec<String>,
     /// Fill in the middle.
     pub fim: FimOptions,
     /// Shuffles documents before packing. Aligned documents keep their order; the loader draws in its own.
@@ -40,6 +43,7 @@ impl Default for IngestOptions {
             vocab_size: 32_768,
             split_pattern: SPLIT_PATTERN.to_owned(),
             tokenizer_sample_bytes: 1 << 28,
+            vocabulary_texts: Vec::new(),
             fim: FimOptions::default(),
             shuffle: true,
             align: None,

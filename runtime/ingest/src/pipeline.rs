@@ -196,6 +196,13 @@ pub fn train_tokenizer<'a>(
     let in_sample =
         move |index: usize| share >= 1.0 || (mix64(key ^ index as u64) >> 11) as f64 / ((1u64 << 53) as f64) < share;
     let sample = texts.enumerate().filter(move |(index, _)| in_sample(*index)).map(|(_, text)| text);
+    let sample_bytes = total_bytes.min(options.tokenizer_sample_bytes);
+    let wanted = options.vocabulary_texts.iter().filter(|text| !text.is_empty());
+    let wanted = wanted.flat_map(move |text| {
+        let times = sample_bytes / 1000 / text.len() as u64 + 1;
+        std::iter::repeat_n(text.as_str(), times as usize)
+    });
+    let sample = sample.chain(wanted);
     let pattern = options.split_pattern.clone();
     let train = TrainOptions { pattern, ..TrainOptions::new(options.vocab_size) };
     Ok(Tokenizer::train(sample, &train)?)

@@ -125,7 +125,10 @@ pub fn reasoned_response(problem: &Problem, rng: &mut Rng, slip_share: f64) -> S
     let mut values = problem.values();
     if rng.uniform() < slip_share {
         let first = 1 + rng.below(3) as usize;
-        let down = rng.below(2) == 0 && values[first..].iter().all(|value| *value > 0);
+        let later = &values[first..];
+        let may_fall = later.iter().all(|value| *value > 0);
+        let must_fall = later.contains(&VALUE_MAX);
+        let down = may_fall && (must_fall || rng.below(2) == 0);
         values[first..].iter_mut().for_each(|value| *value += if down { -1 } else { 1 });
     }
     let check = problem.step(2, &values);
