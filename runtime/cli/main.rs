@@ -1,2 +1,119 @@
-//! cli
-fn main() {}
+//! `dsv3-pipeline`: the command line. Signals, exit codes and everything printed live here and nowhere else.
+//!
+//! Exit codes: 0 done; 64 bad usage, configuration or hook world; 65 bad data, integrity, hook trap or timeout; 69
+//! something unavailable, full or read-only; 70 a bug; 75 stopped at a checkpoint, run again.
+
+mod common;
+mod exec;
+mod explain;
+mod generate;
+mod inspect;
+mod plan;
+mod progress;
+mod resume;
+mod run;
+mod runs;
+mod schema;
+mod serve;
+mod signals;
+mod table;
+mod validate;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use common::Failure;
+use dsv3_core::{Error, ErrorKind};
+
+/// The whole life of a DeepSeek-V3-class model as a pipeline.
+#[derive(Parser)]
+#[command(name = "dsv3-pipeline", version, arg_required_else_help = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(clap::Subcommand)]
+enum Command {
+    /// Run a pipeline; run it again to go on where it stopped
+    Run(run::Args),
+    /// Check a pipeline; report every problem with its place
+    Validate(validate::Args),
+    /// Show what a run would do with each stage
+    Plan(plan::Args),
+    /// Run one stage of a stored run, from the store alone
+    Exec(exec::Args),
+    /// Go on with a stored run
+    Resume(resume::Args),
+    /// Say why a stage is or is not cached, field by field
+    Explain(explain::Args),
+    /// List the runs of a store
+    Runs(runs::Args),
+    /// Show an artifact, a stage's result, or the tensors of a safetensors file
+    Inspect(inspect::Args),
+    /// Print the JSON Schema of pipeline files
+    Schema(schema::Args),
+    /// Serve a model folder over an OpenAI-compatible HTTP API
+    Serve(serve::Args),
+    /// Write the data that the shipped pipelines read
+    #[command(hide = true)]
+    Generate(generate::Args),
+}
+
+fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            // Help and version are answers, everything else is bad usage.
+            let code = if error.use_stderr() { ErrorKind::Invalid.exit_code() } else { 0 };
+            // Nobody is left to tell when the terminal is gone.
+            let _ = error.print();
+            return ExitCode::from(code);
+        }
+    };
+    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            let error = Error::unavailable("cannot start the threads of the runtime").source(error);
+            return Failure::from(error).report(false);
+        }
+    };
+    common::init_tracing();
+    let json = cli.command.json();
+    let outcome = runtime.block_on(cli.command.run());
+    // A stage or a loading model that cannot be interrupted must not hold the exit.
+    runtime.shutdown_background();
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => failure.report(json),
+    }
+}
+
+impl Command {
+    fn json(&self) -> bool {
+        match self {
+            Self::Run(args) => args.json,
+            Self::Validate(args) => args.json,
+            Self::Plan(args) => args.json,
+            Self::Exec(args) => args.json,
+            Self::Resume(args) => args.json,
+            _ => false,
+        }
+    }
+
+    async fn run(self) -> Result<(), Failure> {
+        match self {
+            Self::Run(args) => run::run(args).await,
+            Self::Validate(args) => validate::run(&args),
+            Self::Plan(args) => plan::run(args).await,
+            Self::Exec(args) => exec::run(args).await,
+            Self::Resume(args) => resume::run(args).await,
+            Self::Explain(args) => explain::run(args).await,
+            Self::Runs(args) => runs::run(args).await,
+            Self::Inspect(args) => inspect::run(args).await,
+            Self::Schema(args) => schema::run(&args),
+            Self::Serve(args) => Ok(serve::run(args).await?),
+            Self::Generate(args) => Ok(generate::run(&args)?),
+        }
+    }
+}

@@ -1,0 +1,71 @@
+//! `dsv3-pipeline run PIPELINE`: plans and runs; the same command again goes on where it stopped or finds all done.
+
+use dsv3_core::Cancel;
+use dsv3_engine::{EngineError, RunOptions, RunReport, Selection};
+
+use crate::{
+    common::{self, Failure, PipelineArgs},
+    plan, progress, signals, table,
+};
+
+/// Arguments of `run`.
+#[derive(Clone, Debug, clap::Args)]
+pub(crate) struct Args {
+    #[command(flatten)]
+    pub(crate) pipeline: PipelineArgs,
+    /// Run this stage and what needs it; what comes before must be finished
+    #[arg(long, value_name = "STAGE", conflicts_with = "only")]
+    from: Option<String>,
+    /// Run this stage alone
+    #[arg(long, value_name = "STAGE")]
+    only: Option<String>,
+    /// Run this stage and what it needs
+    #[arg(long, value_name = "STAGE", conflicts_with = "only")]
+    until: Option<String>,
+    /// Show what would happen and stop
+    #[arg(long)]
+    dry_run: bool,
+    /// Print the event stream, one JSON value a line; the last has every closing metric
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// Keep a serving stage running until it is stopped
+    #[arg(long)]
+    stay: bool,
+}
+
+/// Runs the subcommand.
+pub(crate) async fn run(args: Args) -> Result<(), Failure> {
+    let engine = common::engine();
+    let spec = args.pipeline.load(&engine, &[])?;
+    let select = match (args.only, args.from, args.until) {
+        (Some(only), _, _) => Selection::Only(only),
+        (None, None, None) => Selection::All,
+        (None, from, until) => Selection::Between { from, until },
+    };
+    let plan = engine.plan(spec).await?;
+    select.names(&plan)?;
+    if args.dry_run {
+        return plan::show(&engine.states(&plan).await?, args.json);
+    }
+    let options = RunOptions { select, stay: args.stay, ..watched(args.json)? };
+    common::set_threads(plan.threads);
+    let report = engine.run(&plan, &options).await;
+    conclude(report, args.json)
+}
+
+/// Options with signals watched and events printed.
+pub(crate) fn watched(json: bool) -> Result<RunOptions, Failure> {
+    let cancel = Cancel::new();
+    signals::watch(cancel.clone())?;
+    let events = progress::events(json);
+    Ok(RunOptions { events, cancel, ..RunOptions::default() })
+}
+
+/// The closing table of a run that ended well, or its failure, which the event stream has told.
+pub(crate) fn conclude(report: Result<RunReport, EngineError>, json: bool) -> Result<(), Failure> {
+    let report = report.map_err(Failure::told)?;
+    if !json {
+        common::say(table::closing(&report.figures));
+    }
+    Ok(())
+}

@@ -1,0 +1,112 @@
+//! The closing table: every figure with its floor, those with a floor or a remark first within each stage.
+
+use std::collections::BTreeMap;
+
+use dsv3_core::{Bound, Figure};
+
+/// The table as text.
+pub(crate) fn closing(figures: &BTreeMap<String, Figure>) -> String {
+    if figures.is_empty() {
+        return "done".to_owned();
+    }
+    let mut stages: BTreeMap<&str, Vec<(&str, &Figure)>> = BTreeMap::new();
+    for (name, figure) in figures {
+        let (stage, metric) = name.split_once('.').unwrap_or(("", name));
+        stages.entry(stage).or_default().push((metric, figure));
+    }
+    let mut rows = vec![["figure", "value", "floor", "", ""].map(str::to_owned)];
+    for (stage, mut metrics) in stages {
+        metrics.sort_by_key(|(_, figure)| figure.floor.is_none() && figure.note.is_none());
+        rows.extend(metrics.into_iter().map(|(metric, figure)| row(&format!("{stage}.{metric}"), figure)));
+    }
+    let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
+    let widths: Vec<usize> = (0..4).map(width).collect();
+    let line = |row: &[String; 5]| {
+        let [name, value, floor, verdict, note] = row;
+        let text = format!(
+            "{name:a$}  {value:>b$}  {floor:>c$}  {verdict:d$}  {note}",
+            a = widths[0],
+            b = widths[1],
+            c = widths[2],
+            d = widths[3]
+        );
+        text.trim_end().to_owned()
+    };
+    let mut lines: Vec<String> = rows.iter().map(line).collect();
+    let floors = figures.values().filter(|figure| figure.ok.is_some()).count();
+    let missed = figures.values().filter(|figure| figure.ok == Some(false)).count();
+    if floors > 0 {
+        lines.push(format!("{} of {floors} floors met", floors - missed));
+    }
+    lines.join("\n")
+}
+
+fn row(name: &str, figure: &Figure) -> [String; 5] {
+    let side = match figure.bound {
+        Some(Bound::AtMost) => "<=",
+        _ => ">=",
+    };
+    let floor = figure.floor.map_or_else(String::new, |floor| format!("{side} {}", number(floor)));
+    let verdict = figure.ok.map_or("", |ok| if ok { "ok" } else { "MISSED" });
+    let note = figure.note.clone().unwrap_or_default();
+    [name.to_owned(), number(figure.value), floor, verdict.to_owned(), note]
+}
+
+/// Whole numbers in groups of three digits, others with four significant digits.
+pub(crate) fn number(value: f64) -> String {
+    if !value.is_finite() {
+        return "none".to_owned();
+    }
+    if value.fract() == 0.0 && value.abs() < 1e15 {
+        let digits = format!("{}", value.abs() as u64);
+        let groups: Vec<&str> =
+            digits.as_bytes().rchunks(3).rev().map(|group| std::str::from_utf8(group).unwrap_or("")).collect();
+        return format!("{}{}", if value < 0.0 { "-" } else { "" }, groups.join(","));
+    }
+    let size = value.abs();
+    if size >= 1000.0 {
+        format!("{value:.0}")
+    } else if size >= 0.001 {
+        let decimals = (3 - size.log10().floor() as i32).clamp(0, 6) as usize;
+        format!("{value:.decimals$}")
+    } else {
+        format!("{value:.3e}")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_are_short() {
+        let cases = [
+            (0.0, "0"),
+            (671_026_419_200.0, "671,026,419,200"),
+            (-1234.0, "-1,234"),
+            (0.123456, "0.1235"),
+            (2.2, "2.200"),
+        ];
+        for (value, text) in cases {
+            assert_eq!(number(value), text);
+        }
+        assert_eq!(number(12345.678), "12346");
+        assert_eq!(number(1.5e-5), "1.500e-5");
+        assert_eq!(number(f64::NAN), "none");
+    }
+
+    #[test]
+    fn the_table_says_what_was_missed() {
+        let mut figures = BTreeMap::new();
+        figures.insert("a.speed".to_owned(), Figure::new(12.0));
+        figures.insert("a.zloss".to_owned(), Figure::with_floor(2.5, Bound::AtMost, 2.0));
+        let mut noted = Figure::with_floor(0.3, Bound::AtLeast, 0.25);
+        noted.note = Some("no ability".to_owned());
+        figures.insert("b.score".to_owned(), noted);
+        let text = closing(&figures);
+        let lines: Vec<&str> = text.lines().collect();
+        assert!(lines[1].starts_with("a.zloss") && lines[1].contains("MISSED"), "{text}");
+        assert!(lines[3].ends_with("ok      no ability"), "{text}");
+        assert_eq!(lines[4], "1 of 2 floors met");
+    }
+}
