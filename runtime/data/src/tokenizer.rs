@@ -4,7 +4,10 @@
 //! rendered does ([`Tokenizer::encode_chat`]). Training is deterministic: ties of pair counts go to the smaller pair.
 //! Paper: byte-level BPE with digits in runs of at most three, DeepSeek-V3 report 4.1.
 
-use std::{collections::BTreeMap, path::Path};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::Path,
+};
 
 use serde::{Deserialize, Serialize};
 use tokenizers::{
@@ -53,10 +56,11 @@ pub struct Tokenizer {
     /// Specials in text become their tokens.
     chat: tokenizers::Tokenizer,
     specials: Specials,
-    /// Added tokens marked special, by id.
+    /// Added tokens that are marked special or have a role, by id.
     special_texts: BTreeMap<u32, String>,
     /// Character of the byte-level alphabet to its byte; `None` when the decoder is not byte-level.
     alphabet: Option<BTreeMap<char, u8>>,
+    vocab_size: usize,
     json: Vec<u8>,
 }
 
@@ -73,7 +77,7 @@ impl Tokenizer {
     /// When the bytes are not a tokenizer this build understands.
     pub fn from_bytes(json: &[u8]) -> Result<Self> {
         let chat = tokenizers::Tokenizer::from_bytes(json).map_err(DataError::tokenizer)?;
-        Ok(Self::wrap(chat, json.to_vec()))
+        Self::wrap(chat, json.to_vec())
     }
 
     /// Reads a `tokenizer.json`.
@@ -113,14 +117,24 @@ impl Tokenizer {
         Ok(())
     }
 
-    fn wrap(chat: tokenizers::Tokenizer, json: Vec<u8>) -> Self {
-        let mut plain = chat.clone();
-        plain.set_encode_special_tokens(true);
+    fn wrap(chat: tokenizers::Tokenizer, json: Vec<u8>) -> Result<Self> {
         let specials = Specials::find(|text| chat.token_to_id(text));
-        let added = chat.get_added_tokens_decoder();
-        let special_texts = added.into_iter().filter(|(_, t)| t.special).map(|(id, t)| (id, t.content)).collect();
+        let with_role: BTreeSet<u32> = specials.present().into_values().collect();
+        // Some tokenizers do not mark tokens such as `<think>` as special; here their role makes them so.
+        let special_texts: BTreeMap<u32, String> = chat
+            .get_added_tokens_decoder()
+            .into_iter()
+            .filter(|(id, token)| token.special || with_role.contains(id))
+            .map(|(id, token)| (id, token.content))
+            .collect();
+        let mut plain = chat.clone();
+        plain
+            .add_special_tokens(special_texts.values().map(|text| AddedToken::from(text.as_str(), true)))
+            .map_err(DataError::tokenizer)?;
+        plain.set_encode_special_tokens(true);
         let alphabet = byte_level_decoder(&chat).then(byte_alphabet);
-        Self { plain, chat, specials, special_texts, alphabet, json }
+        let vocab_size = chat.get_vocab(true).into_values().max().map_or(0, |id| id as usize + 1);
+        Ok(Self { plain, chat, specials, special_texts, alphabet, vocab_size, json })
     }
 
     /// Trains a byte-level BPE on `documents`.
@@ -240,7 +254,7 @@ impl Tokenizer {
 
     /// Smallest number above every id; the number of tokens unless ids have gaps.
     pub fn vocab_size(&self) -> usize {
-        self.chat.get_vocab_size(true)
+        self.vocab_size
     }
 
     /// Ids of the special tokens by role.

@@ -79,3 +79,15 @@ fn streamed_pieces_join_to_the_whole_text() {
     let bytes: Vec<u8> = t.encode("日 x").unwrap().iter().flat_map(|id| t.token_bytes(*id)).collect();
     assert_eq!(bytes, "日 x".as_bytes());
 }
+
+#[test]
+fn a_role_makes_a_token_special_even_where_the_file_does_not() {
+    let mut json: serde_json::Value = serde_json::from_slice(trained().to_bytes()).unwrap();
+    for token in json["added_tokens"].as_array_mut().unwrap() {
+        token["special"] = (token["content"] != "<think>").into();
+    }
+    let t = Tokenizer::from_bytes(json.to_string().as_bytes()).unwrap();
+    assert_eq!(t.encode_chat("<think>").unwrap(), [5]);
+    assert!(t.encode("a<think>b").unwrap().iter().all(|id| *id >= 10));
+    assert!(t.spells_special("a<think>b"));
+}
