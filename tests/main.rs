@@ -1,2 +1,6 @@
-//! tests
+//! End-to-end tests of the whole project. One binary: it links once, and `cargo test golden` picks out what it names.
+
+mod cli;
+mod embed;
 mod golden;
+mod tidy;

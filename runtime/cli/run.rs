@@ -36,6 +36,8 @@ pub(crate) struct Args {
 /// Runs the subcommand.
 pub(crate) async fn run(args: Args) -> Result<(), Failure> {
     let engine = common::engine();
+    // From here on a signal is a request to stop, also while files are digested.
+    let watched = watched(args.json)?;
     let spec = args.pipeline.load(&engine, &[])?;
     let select = match (args.only, args.from, args.until) {
         (Some(only), _, _) => Selection::Only(only),
@@ -47,7 +49,7 @@ pub(crate) async fn run(args: Args) -> Result<(), Failure> {
     if args.dry_run {
         return plan::show(&engine.states(&plan).await?, args.json);
     }
-    let options = RunOptions { select, stay: args.stay, ..watched(args.json)? };
+    let options = RunOptions { select, stay: args.stay, ..watched };
     common::set_threads(plan.threads);
     let report = engine.run(&plan, &options).await;
     conclude(report, args.json)

@@ -4,7 +4,7 @@ use dsv3_stage::{PortSpec, StageEntry};
 
 use super::{CheckedInput, CheckedValue, Checker};
 use crate::{
-    diagnostics::{Diagnostic, did_you_mean, list},
+    diagnostics::{Diagnostic, did_you_mean, list, nearest},
     spec::{
         InputSpec, StageSpec, Word,
         files::{self, ExternalFile},
@@ -18,11 +18,13 @@ const FILE_ENDS: [&str; 9] = ["parquet", "jsonl", "json", "txt", "csv", "zst", "
 pub(super) fn check(checker: &mut Checker<'_>, stage: &StageSpec) -> Option<Vec<CheckedInput>> {
     let entry = checker.entry(stage);
     let specs = entry.map(|entry| entry.inputs());
-    let mut inputs = Vec::new();
+    // What misspelt ports were meant to be is not reported a second time as missing.
+    let (mut inputs, mut meant) = (Vec::new(), Vec::new());
     for input in &stage.inputs {
         let spec = specs.as_ref().and_then(|specs| specs.iter().find(|spec| spec.name == input.port.text)).copied();
         if let (Some(entry), Some(specs), None) = (entry, &specs, spec) {
-            let known = specs.iter().map(|spec| spec.name).filter(|name| !given(stage, name));
+            let known: Vec<&str> = specs.iter().map(|spec| spec.name).filter(|name| !given(stage, name)).collect();
+            meant.extend(nearest(&input.port.text, known.iter().copied()));
             let message = format!("stage type `{}` has no input `{}`", entry.name, input.port.text);
             checker
                 .problems
@@ -33,7 +35,8 @@ pub(super) fn check(checker: &mut Checker<'_>, stage: &StageSpec) -> Option<Vec<
             inputs.push(CheckedInput { spec, values });
         }
     }
-    for spec in specs.iter().flatten().filter(|spec| spec.required && !given(stage, spec.name)) {
+    let missing = |spec: &&PortSpec| spec.required && !given(stage, spec.name) && !meant.contains(&spec.name);
+    for spec in specs.iter().flatten().filter(missing) {
         let message = format!("stage `{}` lacks its input `{}`", stage.name.text, spec.name);
         let help = format!("{} (kind {}: {})", spec.doc, spec.kind, spec.kind_about);
         checker.problems.push(Diagnostic::new(stage.name.span, message).help(help));
@@ -105,7 +108,10 @@ fn resolve(checker: &mut Checker<'_>, word: &Word) -> Resolved {
     let path = files::locate(text, &checker.reading.base(word.origin), &checker.reading.current_dir);
     let plain = !text.contains(['/', '\\']) && !files::is_pattern(text);
     if plain && let Some((stage, port)) = text.split_once('.') {
-        if checker.stage(stage).is_some() {
+        // `corpus.parquet` beside a stage called `corpus` is the file, unless that is also an output.
+        let producer = checker.stage(stage).map(|stage| checker.entry(stage));
+        let is_output = |entry: StageEntry| entry.outputs().iter().any(|output| output.name == port);
+        if producer.is_some_and(|entry| !path.is_file() || entry.is_none_or(is_output)) {
             return Resolved::Stage(stage.to_owned(), port.to_owned());
         }
         let is_name = |name: &str| name.chars().all(|c| c.is_ascii_alphanumeric() || c == '_' || c == '-');

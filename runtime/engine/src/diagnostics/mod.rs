@@ -10,7 +10,7 @@ use std::fmt;
 
 use serde_json::{Value, json};
 pub use source::{Source, Sources, Span};
-pub(crate) use suggest::{did_you_mean, list};
+pub(crate) use suggest::{did_you_mean, list, nearest};
 
 /// One problem.
 #[derive(Clone, Debug, PartialEq)]

@@ -31,16 +31,19 @@ pub(crate) fn list<'a>(names: impl IntoIterator<Item = &'a str>) -> String {
     }
 }
 
+/// The known name that was most likely meant, if one is near.
+pub(crate) fn nearest<'a>(name: &str, known: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
+    let near = known.into_iter().map(|candidate| (distance(name, candidate), candidate)).min()?;
+    (near.0 <= (name.chars().count() / 3).max(1)).then_some(near.1)
+}
+
 /// Help for an unknown name: the nearest known one, or the list of all.
 pub(crate) fn did_you_mean<'a>(name: &str, known: impl IntoIterator<Item = &'a str>) -> Option<String> {
     let known: Vec<&str> = known.into_iter().collect();
-    let near = known.iter().map(|candidate| (distance(name, candidate), *candidate)).min();
-    match near {
-        Some((far, candidate)) if far <= (name.chars().count() / 3).max(1) => {
-            Some(format!("did you mean `{candidate}`?"))
-        }
-        _ if known.is_empty() => None,
-        _ => Some(format!("known here: {}", list(known))),
+    match nearest(name, known.iter().copied()) {
+        Some(candidate) => Some(format!("did you mean `{candidate}`?")),
+        None if known.is_empty() => None,
+        None => Some(format!("known here: {}", list(known))),
     }
 }
 

@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 use serde_json::{Map, Value as Json};
 
 use crate::{
-    diagnostics::{Diagnostic, Span, did_you_mean, list},
+    diagnostics::{Diagnostic, Span, did_you_mean, list, nearest},
     yaml::{Node, Value},
 };
 
@@ -66,6 +66,7 @@ fn is_type(node: &mut Node, name: &str) -> bool {
         node.take_integral();
     }
     match &node.value {
+        Value::Unknown => true,
         Value::Null => name == "null",
         Value::Bool(_) => name == "boolean",
         Value::Int(_) => matches!(name, "integer" | "number"),
@@ -92,6 +93,9 @@ impl<'a> Checker<'a> {
     }
 
     fn value(&mut self, schema: &'a Json, node: &mut Node, at: Span, path: &str) {
+        if node.value == Value::Unknown {
+            return;
+        }
         if schema == &Json::Bool(false) {
             return self.report(Diagnostic::new(at, format!("`{path}` may not be given")));
         }
@@ -230,6 +234,8 @@ impl<'a> Checker<'a> {
         let others = schema.get("additionalProperties");
         let Value::Map(entries) = &mut node.value else { return };
         let given: Vec<String> = entries.iter().map(|entry| entry.key.clone()).collect();
+        // What misspelt keys were meant to be is not reported a second time as missing.
+        let mut meant: Vec<String> = Vec::new();
         for entry in entries {
             let below = format!("{path}.{}", entry.key);
             if let Some(property) = properties.and_then(|properties| properties.get(&entry.key)) {
@@ -237,6 +243,7 @@ impl<'a> Checker<'a> {
             } else if others == Some(&Json::Bool(false)) {
                 let known = properties.unwrap_or(&none).keys().map(String::as_str);
                 let free: Vec<&str> = known.filter(|name| !given.iter().any(|given| given == name)).collect();
+                meant.extend(nearest(&entry.key, free.iter().copied()).map(str::to_owned));
                 let problem = Diagnostic::new(entry.key_span, format!("unknown key `{}` in `{path}`", entry.key));
                 self.report(problem.maybe_help(did_you_mean(&entry.key, free)));
             } else if let Some(other) = others {
@@ -244,7 +251,7 @@ impl<'a> Checker<'a> {
             }
         }
         for name in schema.get("required").and_then(Json::as_array).into_iter().flatten().filter_map(Json::as_str) {
-            if !given.iter().any(|given| given == name) {
+            if !given.iter().any(|given| given == name) && !meant.iter().any(|meant| meant == name) {
                 let about = properties
                     .and_then(|properties| properties.get(name)?.get("description")?.as_str())
                     .map(|text| format!("{name}: {}", text.lines().next().unwrap_or_default()));

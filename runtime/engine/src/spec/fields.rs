@@ -1,7 +1,7 @@
 //! Reading single fields of the tree, each mistake a problem at its place.
 
 use crate::{
-    diagnostics::{Diagnostic, Span, did_you_mean},
+    diagnostics::{Diagnostic, Span, did_you_mean, nearest},
     spec::Word,
     yaml::{Entry, Node, Value},
 };
@@ -33,7 +33,7 @@ impl Fields<'_> {
     pub(super) fn open_map<'n>(&mut self, node: &'n Node, at: Span, what: &str) -> &'n [Entry] {
         match &node.value {
             Value::Map(entries) => entries,
-            Value::Null => &[],
+            Value::Null | Value::Unknown => &[],
             _ => {
                 let span = if node.span == Span::default() { at } else { node.span };
                 self.problem(span, format!("{what} is a map; this is {}", node.describe()));
@@ -44,6 +44,7 @@ impl Fields<'_> {
 
     pub(super) fn text(&mut self, node: &Node, at: Span, what: &str) -> Option<Word> {
         match &node.value {
+            Value::Unknown => None,
             Value::Text(text) => Some(Word { text: text.clone(), span: node.span, origin: node.origin }),
             _ => {
                 let span = if node.value == Value::Null { at } else { node.span };
@@ -58,6 +59,7 @@ impl Fields<'_> {
         node.take_environment_type();
         node.take_integral();
         match node.value {
+            Value::Unknown => None,
             Value::Int(value) if (low..=high).contains(&value) => Some(value),
             Value::Int(value) => {
                 self.problem(node.span, format!("{what} is {low} to {high}; this is {value}"));
@@ -70,6 +72,14 @@ impl Fields<'_> {
             }
         }
     }
+}
+
+/// Whether `key` is absent and no misspelt key can have meant it.
+pub(super) fn lacks(entries: &[Entry], key: &str, known: &[&str]) -> bool {
+    let given = |name: &str| entries.iter().any(|entry| entry.key == name);
+    let free = || known.iter().copied().filter(|name| !given(name));
+    !given(key)
+        && !entries.iter().any(|entry| nearest(&entry.key, free()) == Some(key) && !known.contains(&entry.key.as_str()))
 }
 
 /// The first entry under `key`: of a repeated key both copies were checked as maps, the first one counts.

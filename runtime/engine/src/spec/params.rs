@@ -81,28 +81,36 @@ impl Lookup<'_> {
     fn replace(&mut self, node: &mut Node, text: &str) {
         let pieces = pieces(text);
         if let [Piece::Name(name)] = pieces.as_slice() {
-            if let Some(found) = self.value(name, node.span) {
-                let span = node.span;
-                *node = found;
-                place_at(node, span);
+            let span = node.span;
+            match self.value(name, span) {
+                Some(found) => {
+                    *node = found;
+                    place_at(node, span);
+                }
+                None => node.value = Value::Unknown,
             }
             return;
         }
-        let mut whole = String::new();
+        let (mut whole, mut known) = (String::new(), true);
         for (i, piece) in pieces.iter().enumerate() {
             match piece {
                 Piece::Literal(literal) => whole.push_str(literal),
                 Piece::Open => {
+                    known = false;
                     let problem = Diagnostic::new(node.span, "`${` is not closed by `}`");
                     self.problems.push(problem.help("write `$${` for the two characters themselves"));
                 }
                 Piece::Name(name) => {
-                    let Some(found) = self.value(name, node.span) else { continue };
+                    let Some(found) = self.value(name, node.span) else {
+                        known = false;
+                        continue;
+                    };
                     if i == 0 {
                         node.origin = found.origin;
                     }
                     match &found.value {
                         Value::Text(text) => whole.push_str(text),
+                        Value::Unknown => known = false,
                         Value::List(_) | Value::Map(_) | Value::Null => self.problems.push(Diagnostic::new(
                             node.span,
                             format!("`{name}` is {}, which cannot stand inside a longer text", found.describe()),
@@ -112,7 +120,7 @@ impl Lookup<'_> {
                 }
             }
         }
-        node.value = Value::Text(whole);
+        node.value = if known { Value::Text(whole) } else { Value::Unknown };
     }
 
     fn value(&mut self, name: &str, span: Span) -> Option<Node> {

@@ -2,7 +2,7 @@
 
 use super::{
     HookLimits, HookSpec, InputSpec, LoadOptions, StageSpec, Word, Written,
-    fields::{Fields, first},
+    fields::{Fields, first, lacks},
 };
 use crate::{
     diagnostics::{Diagnostic, Span, list},
@@ -42,7 +42,7 @@ pub(super) fn written(
         named(&mut fields, entries, "hooks", "hook").iter().filter_map(|entry| hook(&mut fields, entry)).collect();
     let stages: Vec<StageSpec> =
         named(&mut fields, entries, "stages", "stage").iter().filter_map(|entry| stage(&mut fields, entry)).collect();
-    if first(entries, "stages").is_none() {
+    if lacks(entries, "stages", &ROOT_KEYS) {
         fields.problem(top, "a pipeline has `stages`");
     }
     Some(Written {
@@ -58,12 +58,14 @@ pub(super) fn written(
 
 fn version(fields: &mut Fields<'_>, entries: &[Entry], top: Span) {
     match first(entries, "version") {
-        None => fields.problems.push(Diagnostic::new(top, "a pipeline says its `version`").help("add `version: 1`")),
-        Some(entry) if entry.value.value != Value::Int(1) => {
+        None if lacks(entries, "version", &ROOT_KEYS) => {
+            fields.problems.push(Diagnostic::new(top, "a pipeline says its `version`").help("add `version: 1`"));
+        }
+        Some(entry) if !matches!(entry.value.value, Value::Int(1) | Value::Unknown) => {
             let message = format!("this build reads `version: 1`; this is {}", entry.value.describe());
             fields.problem(entry.value.span, message);
         }
-        Some(_) => {}
+        _ => {}
     }
 }
 
@@ -101,7 +103,7 @@ fn hook(fields: &mut Fields<'_>, entry: &Entry) -> Option<HookSpec> {
     let what = format!("hook `{}`", entry.key);
     let entries = fields.map(&entry.value, entry.key_span, &what, &HOOK_KEYS);
     for key in ["wasm", "world"] {
-        if first(entries, key).is_none() {
+        if lacks(entries, key, &HOOK_KEYS) {
             fields.problem(entry.key_span, format!("{what} lacks `{key}`"));
         }
     }
@@ -155,7 +157,9 @@ fn stage(fields: &mut Fields<'_>, entry: &Entry) -> Option<StageSpec> {
     let kind = match first(entries, "type") {
         Some(kind) => fields.text(&kind.value, kind.key_span, "`type`"),
         None => {
-            fields.problem(entry.key_span, format!("{what} lacks `type`"));
+            if lacks(entries, "type", &STAGE_KEYS) {
+                fields.problem(entry.key_span, format!("{what} lacks `type`"));
+            }
             None
         }
     };

@@ -98,7 +98,6 @@ stages:
         "unknown key `fule` in `limits` [did you mean `fuel`?]",
         "`on_error` cannot be the text \"ignore\"",
         "dir/p.yaml:12:8 unknown key `tpye` in stage `a` [did you mean `type`?]",
-        "dir/p.yaml:12:3 stage `a` lacks `type`",
         "dir/p.yaml:12:34 input `x` is a text; this is the integer 3",
         "input `y` of a is an empty list",
         "no param is called `none`",

@@ -31,6 +31,8 @@ pub(crate) struct Node {
 /// What a node holds.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) enum Value {
+    /// Something that was reported already and fits everywhere, so that one mistake is one problem.
+    Unknown,
     Null,
     Bool(bool),
     Int(i128),
@@ -57,7 +59,7 @@ impl Node {
     /// What a reader would call it: `a list`, `the text "x"`.
     pub(crate) fn describe(&self) -> String {
         match &self.value {
-            Value::Null => "nothing".to_owned(),
+            Value::Unknown | Value::Null => "nothing".to_owned(),
             Value::Bool(value) => format!("{value}"),
             Value::Int(value) => format!("the integer {value}"),
             Value::Float(value) => format!("the number {value}"),
@@ -154,7 +156,7 @@ impl Node {
     /// The same as plain JSON; of a repeated key the first wins, since the problem was reported.
     pub(crate) fn to_json(&self) -> Json {
         match &self.value {
-            Value::Null => Json::Null,
+            Value::Unknown | Value::Null => Json::Null,
             Value::Bool(value) => Json::Bool(*value),
             Value::Int(value) => match (i64::try_from(*value), u64::try_from(*value)) {
                 (Ok(value), _) => value.into(),

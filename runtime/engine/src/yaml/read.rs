@@ -77,7 +77,7 @@ pub(crate) fn read_argument(source: u32, text: &Source, from: usize) -> (Node, V
     if !value.trim_start().starts_with(['[', '{', '"', '\'']) {
         return match scalar::resolve(value.trim()) {
             Ok(value) => (Node::new(value, whole), Vec::new()),
-            Err(message) => (Node::new(Value::Null, whole), vec![Diagnostic::new(whole, message)]),
+            Err(message) => (Node::new(Value::Unknown, whole), vec![Diagnostic::new(whole, message)]),
         };
     }
     // The parser sees the value alone; places are moved behind the path afterwards.
@@ -91,7 +91,7 @@ pub(crate) fn read_argument(source: u32, text: &Source, from: usize) -> (Node, V
         shift(&mut node, from as u32);
         node
     });
-    (node.unwrap_or_else(|| Node::new(Value::Null, whole)), problems)
+    (node.unwrap_or_else(|| Node::new(Value::Unknown, whole)), problems)
 }
 
 fn shift(node: &mut Node, by: u32) {
@@ -198,7 +198,7 @@ impl<'a> Builder<'a> {
                 Ok(value) => value,
                 Err(message) => {
                     self.problem(span, message);
-                    Value::Text(text.to_owned())
+                    Value::Unknown
                 }
             },
             _ => Value::Text(text.to_owned()),
@@ -259,7 +259,7 @@ impl<'a> Builder<'a> {
             let span = node.span;
             let key = match node.value {
                 Value::Text(text) => text,
-                Value::Null | Value::Bool(_) | Value::Int(_) | Value::Float(_) => {
+                Value::Unknown | Value::Null | Value::Bool(_) | Value::Int(_) | Value::Float(_) => {
                     self.text.text[span.start as usize..span.end as usize].to_owned()
                 }
                 Value::List(_) | Value::Map(_) => {

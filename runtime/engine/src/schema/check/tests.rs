@@ -53,6 +53,7 @@ enum Schedule {
 #[serde(deny_unknown_fields)]
 #[allow(dead_code)]
 struct Phase {
+    /// Tokens of it.
     tokens: u64,
     #[schemars(range(min = 1, max = 10))]
     #[serde(default)]
@@ -93,21 +94,20 @@ fn a_good_value_passes_and_integral_floats_become_integers() {
 
 #[test]
 fn every_problem_is_found_at_its_place() {
-    let text = "stesp: 3\nrate: fast\nmode: quick\nschedule: {type: cosin, from: 1}\nphases:\n  - {tokens: -1}\n  - {tokenz: 1}\n\
+    let text = "stesp: 3\nrate: fast\nmode: quick\nschedule: {type: cosin, from: 1}\nphases:\n  - {tokens: -1}\n  - {tokenz: 1}\n  - {width: 2}\n\
                 dims: [1, 300]\nnames: {a: yes}\none_or_many: {a: 1}\n";
     let found = problems(text).join("\n");
     for part in [
-        "p:1:1 `config` lacks `steps` [steps: Steps to take.]",
         "p:1:1 unknown key `stesp` in `config` [did you mean `steps`?]",
         "p:2:7 `config.rate` takes a number; this is the text \"fast\"",
         "p:3:7 `config.mode` cannot be the text \"quick\"",
         "p:4:18 `config.schedule.type` cannot be the text \"cosin\" [did you mean `cosine`?]",
         "p:6:14 `config.phases[0].tokens` is at least 0",
-        "p:7:5 `config.phases[1]` lacks `tokens`",
+        "p:8:5 `config.phases[2]` lacks `tokens` [tokens: Tokens of it.]",
         "p:7:6 unknown key `tokenz`",
-        "p:8:11 `config.dims[1]` is at most 255",
-        "p:9:12 `config.names.a` takes true or false; this is the text \"yes\" [write `true`]",
-        "p:10:14 `config.one_or_many` takes a text or a list; this is a map",
+        "p:9:11 `config.dims[1]` is at most 255",
+        "p:10:12 `config.names.a` takes true or false; this is the text \"yes\" [write `true`]",
+        "p:11:14 `config.one_or_many` takes a text or a list; this is a map",
     ] {
         assert!(found.contains(part), "{part} in\n{found}");
     }
