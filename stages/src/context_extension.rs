@@ -1,11 +1,14 @@
 //! `context_extension`: YaRN in one or more phases of longer sequences, with a retrieval check by depth before and after.
 
+use std::path::PathBuf;
+
 use dsv3_core::{
     Artifact, Error,
-    kinds::{Model as ModelKind, Tokens},
+    kinds::{Benchmark, Model as ModelKind, Tokens},
 };
 use dsv3_data::Loader;
-use dsv3_model::{RopeScaling, SaveFormat};
+use dsv3_eval::NeedleReport;
+use dsv3_model::{Model, RopeScaling, SaveFormat};
 use dsv3_stage::{Ctx, InputFacts, OutputFacts, Problems, Stage, ports};
 use dsv3_train::{Schedules, Supervised, Trainer, WindowSource, run_training, stored_phase};
 use schemars::JsonSchema;
@@ -14,7 +17,7 @@ use serde::{Deserialize, Serialize};
 use crate::shared::{
     facts,
     folder::ModelFolder,
-    tokens,
+    needles, tokens,
     training::{self, Length, TrainingOptions},
 };
 
@@ -52,6 +55,8 @@ ports! {
         model: Artifact<ModelKind>,
         /// One stream for all phases, or one for each.
         tokens: Vec<Artifact<Tokens>>,
+        /// Needles to retrieve: columns filler, statement, question, answer, depth, length_tokens.
+        needles: Option<Artifact<Benchmark>>,
     }
 }
 
@@ -121,7 +126,10 @@ impl Stage for ContextExtension {
 
     fn run(config: Config, inputs: Inputs, ctx: &mut Ctx) -> Result<Outputs, Error> {
         let mut folder = ModelFolder::open_trainable(ctx, &inputs.model, config.training.precision)?;
+        let needles = Needles::open(ctx, &inputs.needles)?;
+        let base = needles.find(ctx, &folder, &folder.model)?;
         folder.model.set_rope(Some(config.rope_scaling.clone()), config.max_position_embeddings)?;
+        let untrained = needles.find(ctx, &folder, &folder.model)?;
         let mut trainer = Trainer::new(folder.model.clone(), config.training.trainer())?;
         let stored = stored_phase(&training::host(ctx))?.unwrap_or(0);
         for (i, phase) in config.phases.iter().enumerate() {
@@ -134,6 +142,8 @@ impl Stage for ContextExtension {
             }
             train_phase(&config, phase, &inputs.tokens[i.min(inputs.tokens.len() - 1)], &mut trainer, ctx)?;
         }
+        let trained = needles.find(ctx, &folder, &trainer.model)?;
+        needles::compare(ctx, &base, &untrained, &trained);
         training::close(ctx, &trainer)?;
         Ok(Outputs { model: folder.publish(ctx, &trainer.model, SaveFormat::F32)? })
     }
@@ -161,6 +171,23 @@ fn train_phase(
     let mut work = Supervised::new(source, phase.schedules.clone());
     run_training(trainer, &mut work, &training::host(ctx), &config.training.run(horizon))?;
     Ok(())
+}
+
+/// The needles to retrieve, if any were given.
+struct Needles(Vec<PathBuf>);
+
+impl Needles {
+    fn open(ctx: &Ctx, artifact: &Option<Artifact<Benchmark>>) -> Result<Self, Error> {
+        let files = artifact.as_ref().map(|artifact| ctx.local_files(artifact)).transpose()?;
+        Ok(Self(files.unwrap_or_default().into_iter().map(|(_, path)| path).collect()))
+    }
+
+    fn find(&self, ctx: &Ctx, folder: &ModelFolder, model: &Model) -> Result<NeedleReport, Error> {
+        if self.0.is_empty() {
+            return Ok(NeedleReport::default());
+        }
+        needles::find(model, &folder.tokenizer, &self.0, ctx.cancel())
+    }
 }
 
 /// The model's configuration after the stage, if it is known.

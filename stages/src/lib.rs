@@ -2,9 +2,14 @@
 //! in `runtime/`, where it can be tested without a pipeline.
 
 mod context_extension;
+mod distill;
+mod evaluate;
 mod export;
 mod ingest;
 mod pretrain;
+mod rl;
+mod serve;
+mod sft;
 mod shared;
 
 use dsv3_stage::StageEntry;
@@ -14,5 +19,10 @@ pub const ALL: &[StageEntry] = &[
     StageEntry::of::<ingest::Ingest>(),
     StageEntry::of::<pretrain::Pretrain>(),
     StageEntry::of::<context_extension::ContextExtension>(),
+    StageEntry::of::<distill::Distill>(),
+    StageEntry::of::<sft::Sft>(),
+    StageEntry::of::<rl::Rl>(),
+    StageEntry::of::<evaluate::Evaluate>(),
     StageEntry::of::<export::Export>(),
+    StageEntry::of::<serve::Serve>(),
 ];

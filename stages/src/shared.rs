@@ -2,5 +2,6 @@
 
 pub(crate) mod facts;
 pub(crate) mod folder;
+pub(crate) mod needles;
 pub(crate) mod tokens;
 pub(crate) mod training;

@@ -1,7 +1,7 @@
 //! What is known about models and tokens before anything runs.
 
 use dsv3_model::{HfConfig, ModelConfig};
-use dsv3_stage::{InputFacts, OutputFacts, Problems};
+use dsv3_stage::{InputFacts, OutputFacts, PortFacts, Problems};
 use serde_json::{Value, json};
 
 /// The configuration of the model at `port`: stated by the stage that makes it, or read from the folder.
@@ -85,5 +85,27 @@ pub(crate) fn check_vocabulary(facts: &InputFacts, port: &str, rows: usize, at: 
     {
         let message = format!("the model has {rows} rows, but `{port}` uses a vocabulary of {found} tokens");
         problems.push(at, message, format!("set vocab_size to at least {found}"));
+    }
+}
+
+/// Names of the external files of one artifact.
+pub(crate) fn file_names(facts: &PortFacts) -> Vec<&str> {
+    match facts {
+        PortFacts::Upstream(_) => Vec::new(),
+        PortFacts::External(files) => files.iter().filter_map(|file| file.rsplit('/').next()).collect(),
+    }
+}
+
+/// Checks that there is a chat template: `given` in the config, or known to come with the model at `port`.
+pub(crate) fn check_template(facts: &InputFacts, port: &str, given: Option<&str>, problems: &mut Problems) {
+    let at = "config.chat_template";
+    match given.map(dsv3_data::ChatTemplate::new) {
+        Some(Err(error)) => problems.push(at, error.to_string(), ""),
+        Some(Ok(_)) => {}
+        None if has_template(facts, port) == Some(false) => {
+            let message = format!("the model at `{port}` has no chat template and the config gives none");
+            problems.push(at, message, "set chat_template, or add chat_template.jinja to the folder");
+        }
+        None => {}
     }
 }
