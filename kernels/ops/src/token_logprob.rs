@@ -1,7 +1,8 @@
 //! Output head and log-softmax in one: logp_t = z_t[target_t] − logsumexp(z_t), z = h·Wᵀ, chunk by chunk.
 //!
 //! Shapes: h `[tokens, d]`, W `[vocab, d]` (F32 or BF16 values, product in F32), targets `[tokens]`, logp `[tokens]`.
-//! Logits of more than `chunk_rows` rows never exist; the backward pass computes them again. Rows without a target are
+//! Logits of more than `chunk_rows` rows never exist: those of a call that fits in one chunk are kept for the backward
+//! pass, otherwise it computes them again. Rows without a target are
 //! not multiplied at all: their logp and entropy are 0 and they receive no gradient.
 //! Backward: dz_t = dlogp_t·(onehot − softmax(z_t)); dh = dz·W; dW = dzᵀ·h, chunks added in order.
 //! Entropy is logsumexp(z) − Σ_v softmax(z)_v z_v, in nats; it carries no gradient.
@@ -59,10 +60,11 @@ pub fn on_tape(
     options: Options,
 ) -> (Var, Option<Tensor>) {
     let weight = head.compute.clone();
-    let (out, logsumexp) = evaluate(&h.value, &weight, targets, options);
+    let (out, logsumexp, logits) = evaluate(&h.value, &weight, targets, options);
+    let logits = logits.filter(|_| tape.is_recording());
     let (h, targets, param) = (h.clone(), targets.clone(), head.id);
     let logp = tape.push(out.logp, |out| {
-        Box::new(HeadBack { h, weight, targets, logsumexp, chunk_rows: options.chunk_rows, param, out })
+        Box::new(HeadBack { h, weight, targets, logsumexp, logits, chunk_rows: options.chunk_rows, param, out })
     });
     (logp, out.entropy)
 }
@@ -80,7 +82,8 @@ fn gather(h: &[f32], d: usize, rows: &[u32], into: &mut Vec<f32>) {
     }
 }
 
-fn evaluate(h: &Tensor, weight: &Weight, targets: &[u32], options: Options) -> (Out, Vec<f32>) {
+/// Results, log-sum-exp of every row, and the logits of the active rows when one chunk held them all.
+fn evaluate(h: &Tensor, weight: &Weight, targets: &[u32], options: Options) -> (Out, Vec<f32>, Option<Tensor>) {
     let (tokens, d, vocab) = (h.rows(), weight.inputs(), weight.outputs());
     assert!(tokens == targets.len() && d == h.cols(), "head {:?} on {:?}", weight.shape(), h.shape());
     let (h, w) = (h.as_f32(), Operand::forward(weight, 0));
@@ -114,7 +117,8 @@ fn evaluate(h: &Tensor, weight: &Weight, targets: &[u32], options: Options) -> (
         }
     }
     let entropy = options.want_entropy.then(|| Tensor::f32(&[tokens], entropy));
-    (Out { logp: Tensor::f32(&[tokens], logp), entropy }, logsumexp)
+    let logits = (rows.len() <= chunk_rows).then_some(logits);
+    (Out { logp: Tensor::f32(&[tokens], logp), entropy }, logsumexp, logits)
 }
 
 /// `c[m, n] = a[m, k] · b`.
@@ -154,13 +158,15 @@ struct HeadBack {
     weight: Weight,
     targets: Arc<[u32]>,
     logsumexp: Vec<f32>,
+    /// Of all rows with a target, when they are few enough.
+    logits: Option<Tensor>,
     chunk_rows: usize,
     param: ParamId,
     out: VarId,
 }
 
 impl Back for HeadBack {
-    fn inputs(self: Box<Self>, grads: &mut Grads) -> Option<Job> {
+    fn inputs(mut self: Box<Self>, grads: &mut Grads) -> Option<Job> {
         let d_logp = grads.take(self.out)?;
         let (d_logp, h) = (d_logp.as_f32(), self.h.value.as_f32());
         let (vocab, d) = (self.weight.outputs(), self.weight.inputs());
@@ -171,13 +177,17 @@ impl Back for HeadBack {
         let mut dw = buffer(vocab * d);
         dw.fill(0.0);
         let chunk_rows = self.chunk_rows.max(1);
-        let mut logits = scratch(rows.len().min(chunk_rows) * vocab);
+        let kept = self.logits.take().filter(|logits| logits.numel() == rows.len() * vocab);
+        let computed = kept.is_some();
+        let mut logits = kept.unwrap_or_else(|| scratch(rows.len().min(chunk_rows) * vocab));
         let (mut packed, mut dh_packed) = (Vec::new(), Vec::new());
         for chunk in rows.chunks(chunk_rows) {
             gather(h, d, chunk, &mut packed);
             let logits = &mut logits.as_f32_mut()[..chunk.len() * vocab];
             let n = chunk.len();
-            product(n, vocab, d, &packed, &Operand::forward(&self.weight, 0), logits);
+            if !computed {
+                product(n, vocab, d, &packed, &Operand::forward(&self.weight, 0), logits);
+            }
             self.to_logit_grads(logits, chunk, d_logp);
             dh_packed.resize(n * d, 0.0);
             product(n, d, vocab, logits, &Operand::backward(&self.weight, 0), &mut dh_packed);
@@ -264,6 +274,23 @@ mod tests {
         assert!((out.logp.as_f32()[0] - p.ln()).abs() < 1e-6);
         let entropy = -(p * p.ln() + (1.0 - p) * (1.0 - p).ln());
         assert!((out.entropy.expect("asked for").as_f32()[0] - entropy).abs() < 1e-5);
+    }
+
+    #[test]
+    fn kept_logits_and_repeated_ones_give_the_same_bits() {
+        let (h, w) = (values(&[300, 5], 5), crate::testing::param(0, &values(&[9, 5], 6)));
+        let targets: Arc<[u32]> = (0..300).map(|i| if i % 7 == 0 { NO_TARGET } else { i % 9 }).collect();
+        let run = |chunk_rows| {
+            let mut tape = Tape::new();
+            let h = tape.leaf(h.clone());
+            let options = Options { chunk_rows, want_entropy: false };
+            let (logp, _) = on_tape(&mut tape, &h, &w, &targets, options);
+            let mut weights = crate::WeightGrads::default();
+            let mut grads = tape.backward(vec![(logp.id(), values(&[300], 7))], &mut weights);
+            let dh = grads.take(h.id()).expect("a gradient");
+            (dh.into_f32(), weights.get(0).expect("a gradient").as_f32().to_vec())
+        };
+        assert_eq!(run(128), run(1000));
     }
 
     #[test]
