@@ -137,7 +137,7 @@ impl Engine {
     /// Every problem of the pipeline, each at its place.
     pub fn load_text(&self, name: &str, text: &str, base: &Path, options: &LoadOptions) -> Result<Spec, Diagnostics> {
         let reading = spec::read(name, text, base.to_owned(), options);
-        check::check(reading, &self.stages, &options.at_tokens, self.cache_dir.as_deref())
+        check::check(reading, &self.stages, &options.at_tokens, || self.host())
     }
 
     /// Digests the external files of a checked pipeline. Opens its store; writes nothing but a cache of digests.

@@ -23,6 +23,9 @@ stages:
   both: { type: sum, inputs: { reports: [a.report, b.report] } }
 ";
 
+/// Root of the repository, for the shipped hooks.
+const ROOT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../..");
+
 /// An engine with the test stages over one memory store.
 struct Fixture {
     engine: Engine,
@@ -120,7 +123,11 @@ async fn a_cancelled_run_goes_on_from_its_checkpoint_in_a_new_run_with_equal_bit
     let before = fixture.steps("a");
     let states = fixture.engine.states(&plan).await.unwrap();
     assert_eq!(states[0].state, State::Resumes { step: *before.last().unwrap() });
-    let resumed = fixture.engine.run(&plan, &fixture.options()).await.unwrap();
+    let other = fixture.plan(PIPELINE, &["stages.a.config.micro=2"]).await;
+    let resumed = fixture.engine.run(&other, &fixture.options()).await.unwrap();
+    let mixed = |stage: usize| resumed.stages[stage].result.as_ref().unwrap().lineage["mixed_profiles"].clone();
+    assert_eq!(mixed(0).as_array().unwrap().len(), 2, "a key that was run under two profiles is marked");
+    assert_eq!(mixed(2), mixed(0), "and so is what was made from it");
     assert_eq!(fixture.steps("a").first(), Some(&(before.last().unwrap() + 1)));
     let outputs =
         |report: &RunReport| -> Vec<_> { report.stages.iter().map(|s| s.result.clone().unwrap().outputs).collect() };
@@ -311,4 +318,29 @@ fn the_schema_names_every_stage_and_takes_placeholders() {
     assert!(config["until"]["description"].as_str().unwrap().contains("count to"));
     assert_eq!(schema["$defs"]["stage"]["properties"]["type"]["oneOf"].as_array().unwrap().len(), stages::ALL.len());
     assert_eq!(schema["$defs"]["read"]["properties"]["inputs"]["required"], serde_json::json!(["documents"]));
+}
+
+#[test]
+fn hooks_are_loaded_before_anything_runs() {
+    let engine = Engine::builder().stages(stages::ALL).build();
+    let load = |hook: &str| {
+        let text =
+            format!("version: 1\nhooks:\n  q: {hook}\nstages:\n  a: {{ type: count, config: {{ until: 1 }} }}\n");
+        let report = engine.load_text("h.yaml", &text, Path::new(ROOT), &LoadOptions::default());
+        report.map(|_| String::new()).unwrap_or_else(|report| report.to_string())
+    };
+    let wasm = "schemas/hooks/examples/quality.wasm";
+    assert_eq!(load(&format!("{{ wasm: {wasm}, world: document-filter }}")), "");
+    for (hook, parts) in [
+        (format!("{{ wasm: {wasm}, world: reward }}"), ["h.yaml:3:14", "not a component of world reward"]),
+        (format!("{{ wasm: {wasm}, world: rewrad }}"), ["h.yaml:3:58", "did you mean `reward`?"]),
+        (
+            format!("{{ wasm: {wasm}, world: document-filter, config: {{ min_words: x }} }}"),
+            ["h.yaml:3:", "configuration"],
+        ),
+        ("{ wasm: nowhere.wasm, world: reward }".to_owned(), ["h.yaml:3:14", "nowhere.wasm cannot be read"]),
+    ] {
+        let report = load(&hook);
+        assert!(parts.iter().all(|part| report.contains(part)), "{parts:?} in\n{report}");
+    }
 }

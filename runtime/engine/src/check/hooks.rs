@@ -2,7 +2,8 @@
 
 use std::{collections::BTreeMap, sync::Arc};
 
-use dsv3_hooks::{Host, World};
+use dsv3_core::Error;
+use dsv3_hooks::{Cause, Host, World};
 
 use super::{CheckedHook, Checker};
 use crate::{
@@ -14,7 +15,10 @@ use crate::{
 const WASM_BYTES_MAX: u64 = 256 << 20;
 
 /// The good hooks by name.
-pub(super) fn check(checker: &mut Checker<'_>, host: Option<&Host>) -> BTreeMap<String, CheckedHook> {
+pub(super) fn check(
+    checker: &mut Checker<'_>,
+    host: &impl Fn() -> Result<Arc<Host>, Error>,
+) -> BTreeMap<String, CheckedHook> {
     let written = checker.written;
     let mut hooks = BTreeMap::new();
     for hook in &written.hooks {
@@ -26,10 +30,8 @@ pub(super) fn check(checker: &mut Checker<'_>, host: Option<&Host>) -> BTreeMap<
             checker.problems.push(problem.help(help.unwrap_or_else(|| format!("worlds: {}", list(known)))));
         }
         let Some(wasm) = read(checker, hook) else { continue };
-        if let (Some(world), Some(host)) = (world, host)
-            && let Err(error) = host.check_world(&hook.name.text, &wasm, world)
-        {
-            checker.problems.push(Diagnostic::new(hook.wasm.span, error.to_string()).help(error.help()));
+        if let Some(world) = world {
+            try_load(checker, hook, &wasm, world, host);
         }
         let checked = CheckedHook {
             wasm: Arc::new(wasm),
@@ -41,6 +43,28 @@ pub(super) fn check(checker: &mut Checker<'_>, host: Option<&Host>) -> BTreeMap<
         hooks.insert(hook.name.text.clone(), checked);
     }
     hooks
+}
+
+/// Loads the hook as a run would, so that a component of another world and a configuration it refuses are found now.
+fn try_load(
+    checker: &mut Checker<'_>,
+    hook: &HookSpec,
+    wasm: &[u8],
+    world: World,
+    host: &impl Fn() -> Result<Arc<Host>, Error>,
+) {
+    let host = match host() {
+        Ok(host) => host,
+        Err(error) => return checker.problem(hook.name.span, error.to_string()),
+    };
+    let loaded = host.load(&hook.name.text, wasm, world, &hook.config, hook.limits.to_host(), hook.on_error);
+    if let Err(error) = loaded {
+        let span = match error.cause {
+            Cause::World { .. } => hook.wasm.span,
+            _ => hook.config_span,
+        };
+        checker.problems.push(Diagnostic::new(span, error.to_string()).help(error.help()));
+    }
 }
 
 fn read(checker: &mut Checker<'_>, hook: &HookSpec) -> Option<Vec<u8>> {

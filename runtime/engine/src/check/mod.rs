@@ -8,6 +8,7 @@ mod order;
 
 use std::{collections::BTreeMap, path::Path, sync::Arc};
 
+use dsv3_core::Error;
 use dsv3_hooks::{Host, OnError};
 use dsv3_stage::{PortSpec, StageEntry};
 use serde_json::Value;
@@ -133,12 +134,12 @@ pub(crate) fn check(
     reading: Reading,
     entries: &[StageEntry],
     at_tokens: &[u64],
-    cache_dir: Option<&Path>,
+    host: impl Fn() -> Result<Arc<Host>, Error>,
 ) -> Result<Spec, Diagnostics> {
     let Some(written) = &reading.written else { return Err(Diagnostics::new(reading.sources, reading.problems)) };
     let mut checker = Checker { entries, written, reading: &reading, at_tokens, problems: Vec::new() };
     device(&mut checker);
-    let hooks = hooks::check(&mut checker, host(written, cache_dir).as_ref());
+    let hooks = hooks::check(&mut checker, &host);
     for stage in &written.stages {
         if checker.entry(stage).is_none() {
             let known = entries.iter().map(|entry| entry.name);
@@ -182,9 +183,4 @@ fn device(checker: &mut Checker<'_>) {
         let problem = Diagnostic::new(device.span, format!("this build has no device `{}`", device.text));
         checker.problems.push(problem.help("write `device: cpu`"));
     }
-}
-
-/// A host only where there are hooks: it starts a thread.
-fn host(written: &Written, cache_dir: Option<&Path>) -> Option<Host> {
-    if written.hooks.is_empty() { None } else { Host::new(cache_dir.map(Path::to_owned)).ok() }
 }

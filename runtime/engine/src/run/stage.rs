@@ -2,8 +2,8 @@
 
 use std::{collections::BTreeMap, path::PathBuf, sync::Arc, time::Duration};
 
-use dsv3_core::{ArtifactRef, Cancel, Error, Event, Outcome};
-use dsv3_hooks::{Hook, Limits, World};
+use dsv3_core::{ArtifactRef, Cancel, Error, Event, Outcome, canonical_json, json_digest};
+use dsv3_hooks::{Hook, World};
 use dsv3_stage::{Closing, Ctx, CtxParts, StageEntry};
 use dsv3_store::{Holder, Lease, OutputEntry, StageResult, nonce};
 use serde_json::{Map, Value, json};
@@ -12,7 +12,7 @@ use super::Run;
 use crate::{
     cached::{self, Found, Inputs},
     check::parse_device,
-    plan::{PlannedStage, key::KeyRecord},
+    plan::{Plan, PlannedStage, key::KeyRecord},
 };
 
 /// How often a request to stop and the lease are looked at.
@@ -41,6 +41,9 @@ impl Run<'_> {
         let key = record.key().to_string();
         // What the key was made of, for `explain`. Equal keys have equal records, so whoever was first is right.
         self.store.create(&format!("stages/{key}/key.json"), record.to_bytes().into()).await?;
+        let profile = json!({ "device": self.plan.device, "config": entry.profile_config(&stage.config)? });
+        let mark = format!("{}/{}.json", profiles(&key), json_digest(&profile));
+        self.store.create(&mark, canonical_json(&profile).into_bytes().into()).await?;
         let lease = self.lease(stage, &key).await?;
         // Whoever held the lease may have finished the stage.
         if !broken && let Found::Whole(result) = cached::find(self.store, self.plan, record.key()).await? {
@@ -134,6 +137,34 @@ impl Run<'_> {
         }))
     }
 
+    /// The stage's lineage, marked when this stage or one before it has been run under several numerics profiles: bits are
+    /// promised equal within one profile only.
+    async fn lineage(
+        &self,
+        stage: &PlannedStage,
+        key: &str,
+        mut lineage: Map<String, Value>,
+    ) -> Result<Map<String, Value>, Error> {
+        let mut mixed = Vec::new();
+        let own = self.store.list(&profiles(key)).await?;
+        if own.len() > 1 {
+            for name in own {
+                let bytes = self.store.read(&format!("{}/{name}", profiles(key))).await?;
+                mixed.extend(serde_json::from_slice::<Value>(&bytes));
+            }
+        }
+        let above = Plan::upstream(stage);
+        let results = above.iter().filter_map(|name| self.results.get(*name));
+        let inherited = results.filter_map(|result| result.lineage.get("mixed_profiles")?.as_array());
+        mixed.extend(inherited.flatten().cloned());
+        // Two stages before this one often share the stage that was mixed.
+        let mixed: BTreeMap<String, Value> = mixed.into_iter().map(|one| (canonical_json(&one), one)).collect();
+        if !mixed.is_empty() {
+            lineage.insert("mixed_profiles".to_owned(), mixed.into_values().collect());
+        }
+        Ok(lineage)
+    }
+
     /// The stage's hooks, loaded from the store.
     async fn hooks(&self, stage: &PlannedStage) -> Result<BTreeMap<String, Arc<Hook>>, Error> {
         let mut hooks = BTreeMap::new();
@@ -142,11 +173,7 @@ impl Run<'_> {
             let wasm = self.store.get_blob(hook.digest).await?;
             let world = World::from_name(&hook.world)
                 .ok_or_else(|| Error::invalid(format!("this build has no world `{}`", hook.world)))?;
-            let limits = Limits {
-                memory_bytes: u64::from(hook.limits.memory_mb) << 20,
-                deadline_ms: hook.limits.deadline_ms,
-                fuel: hook.limits.fuel,
-            };
+            let limits = hook.limits.to_host();
             let (host, name, config, on_error) =
                 (self.engine.host()?, name.clone(), hook.config.clone(), hook.on_error);
             let load = move || host.load(&name, &wasm, world, &config, limits, on_error);
@@ -199,7 +226,7 @@ impl Run<'_> {
             outputs: entries,
             metrics: closing.figures,
             last_seq,
-            lineage: Value::Object(closing.lineage),
+            lineage: Value::Object(self.lineage(stage, key, closing.lineage).await?),
             profile: json!({ "device": self.plan.device, "config": entry.profile_config(&stage.config)? }),
         };
         if broken {
@@ -213,6 +240,11 @@ impl Run<'_> {
         }
         Ok(committed)
     }
+}
+
+/// Folder of the numerics profiles under which a key has been run.
+fn profiles(key: &str) -> String {
+    format!("stages/{key}/profiles")
 }
 
 /// `{port: {kind, digest} | [..]}` as the stage reads it.

@@ -48,6 +48,8 @@ pub(crate) struct HookSpec {
     pub(crate) wasm: Word,
     pub(crate) world: Word,
     pub(crate) config: serde_json::Value,
+    /// Where the configuration stands; the hook's name when it has none.
+    pub(crate) config_span: Span,
     pub(crate) limits: HookLimits,
     pub(crate) on_error: dsv3_hooks::OnError,
 }
@@ -64,6 +66,14 @@ pub struct HookLimits {
     pub deadline_ms: u64,
     /// Instructions of one batch, counted by wasmtime; unlimited when absent.
     pub fuel: Option<u64>,
+}
+
+impl HookLimits {
+    /// In the words of the host.
+    pub(crate) fn to_host(self) -> dsv3_hooks::Limits {
+        let memory_bytes = u64::from(self.memory_mb) << 20;
+        dsv3_hooks::Limits { memory_bytes, deadline_ms: self.deadline_ms, fuel: self.fuel }
+    }
 }
 
 impl Default for HookLimits {

@@ -109,12 +109,12 @@ fn hook(fields: &mut Fields<'_>, entry: &Entry) -> Option<HookSpec> {
     }
     let mut text = |key: &str| first(entries, key).and_then(|e| fields.text(&e.value, e.key_span, &format!("`{key}`")));
     let (wasm, world) = (text("wasm"), text("world"));
-    let config = match first(entries, "config") {
+    let (config, config_span) = match first(entries, "config") {
         Some(config) => {
             fields.open_map(&config.value, config.key_span, "`config` of a hook");
-            config.value.to_json()
+            (config.value.to_json(), config.key_span)
         }
-        None => serde_json::json!({}),
+        None => (serde_json::json!({}), entry.key_span),
     };
     let limits: Option<HookLimits> = typed(fields, entries, "limits", &what);
     let on_error = typed(fields, entries, "on_error", &what);
@@ -123,6 +123,7 @@ fn hook(fields: &mut Fields<'_>, entry: &Entry) -> Option<HookSpec> {
         wasm: wasm?,
         world: world?,
         config,
+        config_span,
         limits: limits.unwrap_or_default(),
         on_error: on_error.unwrap_or_default(),
     })

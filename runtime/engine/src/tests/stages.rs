@@ -19,6 +19,10 @@ pub(super) struct CountConfig {
     #[serde(default)]
     #[schemars(extend("x-key" = "performance"))]
     pause_ms: u64,
+    /// Size of a micro-batch.
+    #[serde(default)]
+    #[schemars(extend("x-key" = "numerics"))]
+    micro: u64,
     /// Step that fails.
     #[serde(default)]
     fail_at: Option<u64>,
