@@ -127,6 +127,8 @@ impl Stage for ContextExtension {
     fn run(config: Config, inputs: Inputs, ctx: &mut Ctx) -> Result<Outputs, Error> {
         let mut folder = ModelFolder::open_trainable(ctx, &inputs.model, config.training.precision)?;
         let needles = Needles::open(ctx, &inputs.needles)?;
+        // The model as it is, only allowed to look further: what extension has to beat.
+        folder.model.set_rope(None, config.max_position_embeddings)?;
         let base = needles.find(ctx, &folder, &folder.model)?;
         folder.model.set_rope(Some(config.rope_scaling.clone()), config.max_position_embeddings)?;
         let untrained = needles.find(ctx, &folder, &folder.model)?;
