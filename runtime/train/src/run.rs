@@ -79,7 +79,7 @@ pub trait Work {
     /// Does step `trainer.state.step + 1`. `None` when the data has ended.
     ///
     /// # Errors
-    /// When data cannot be read, or the model cannot take it.
+    /// When data cannot be read, or the model cannot take it; [`Error::Cancelled`] if the trainer is unchanged.
     fn step(&mut self, trainer: &mut Trainer, horizon: Horizon) -> Result<Option<StepReport>>;
 
     /// Figures of the model on data it does not train on.
@@ -127,7 +127,15 @@ pub fn run_training(
             return Err(Error::Cancelled);
         }
         let started = host.clock.monotonic();
-        let Some(report) = work.step(trainer, options.horizon)? else { break };
+        let report = match work.step(trainer, options.horizon) {
+            // A step that stops half-way has changed nothing yet.
+            Err(Error::Cancelled) => {
+                run.save_unless_suspicious(trainer)?;
+                return Err(Error::Cancelled);
+            }
+            report => report?,
+        };
+        let Some(report) = report else { break };
         let state = &trainer.state;
         let facts = StepFacts {
             step: state.earlier_steps + state.step + 1,

@@ -1,0 +1,143 @@
+//! GRPO on a small random model: what it learns, and that an interruption leaves no trace.
+
+use std::{cell::RefCell, collections::BTreeMap};
+
+use dsv3_core::{Digest, Events, FileEntry, VirtualClock};
+use dsv3_data::{ChatTemplate, Location, Message, Place, PromptRecord, TrainOptions as TokenizerOptions};
+use dsv3_hooks::RewardItem;
+use dsv3_model::ModelConfig;
+use dsv3_ops::Precision;
+use dsv3_train::{
+    AdamWConfig, CheckpointEvery, CheckpointStore, GuardConfig, RunOptions, Snapshot, TrainHost, TrainerConfig,
+    run_training,
+};
+
+use super::*;
+use crate::{error::Result, reward::Scored};
+
+/// Rewards completions that hold many letters `a`.
+struct Letters;
+
+impl Scorer for Letters {
+    fn score(&self, _batch: u64, items: &[RewardItem<'_>]) -> Result<Vec<Scored>> {
+        let score = |item: &RewardItem<'_>| item.completion.matches('a').count() as f64;
+        Ok(items.iter().map(|item| Scored { total: score(item), parts: vec![("a".to_owned(), score(item))] }).collect())
+    }
+}
+
+#[derive(Default)]
+struct Memory(RefCell<Option<(dsv3_store::Checkpoint, BTreeMap<String, Vec<u8>>)>>);
+
+impl CheckpointStore for Memory {
+    fn latest(&self) -> Result<Option<dsv3_store::Checkpoint>, CoreError> {
+        Ok(self.0.borrow().as_ref().map(|(checkpoint, _)| checkpoint.clone()))
+    }
+    fn read(&self, _: &dsv3_store::Checkpoint, name: &str) -> Result<Vec<u8>, CoreError> {
+        Ok(self.0.borrow().as_ref().unwrap().1[name].clone())
+    }
+    fn save(&self, snapshot: Snapshot) -> Result<(), CoreError> {
+        let entry = |(path, bytes): &(String, Vec<u8>)| FileEntry {
+            path: path.clone(),
+            digest: Digest::of(bytes),
+            bytes: bytes.len() as u64,
+        };
+        let files = snapshot.files.iter().map(entry).collect();
+        let checkpoint = dsv3_store::Checkpoint { seq: 1, step: snapshot.step, state: snapshot.state, files };
+        *self.0.borrow_mut() = Some((checkpoint, snapshot.files.into_iter().collect()));
+        Ok(())
+    }
+}
+
+fn tokenizer() -> Tokenizer {
+    let text = ["a b c d e f g h a a b b c c"; 4];
+    Tokenizer::train(text.into_iter(), &TokenizerOptions::new(280)).unwrap()
+}
+
+fn model(vocab: usize) -> Model {
+    let config: ModelConfig = serde_json::from_value(serde_json::json!({
+        "vocab_size": vocab, "hidden_size": 16, "intermediate_size": 24, "moe_intermediate_size": 8,
+        "num_hidden_layers": 2, "first_k_dense_replace": 1, "num_attention_heads": 2, "q_lora_rank": 8,
+        "kv_lora_rank": 8, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 4, "n_routed_experts": 4,
+        "n_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "routed_scaling_factor": 2.5,
+        "max_position_embeddings": 64, "num_nextn_predict_layers": 1, "initializer_range": 0.1,
+    }))
+    .unwrap();
+    Model::init(&config, Precision::F32, 3).unwrap()
+}
+
+fn records() -> Vec<PromptRecord> {
+    let record = |text: &str| PromptRecord {
+        at: Location { path: "p".into(), place: Place::Line(1) },
+        messages: vec![Message::user(text)],
+        answer: "1".to_owned(),
+        task: Some("letters".to_owned()),
+        solution: None,
+        metadata: serde_json::Map::new(),
+    };
+    ["a b", "c d", "e"].into_iter().map(record).collect()
+}
+
+fn config() -> RlConfig {
+    RlConfig {
+        prompts_per_step: 2,
+        group: 6,
+        tokens_max: 6,
+        lr: LrSchedule::constant(1e-2),
+        micro_batch_tokens: 64,
+        ..RlConfig::default()
+    }
+}
+
+/// Runs to `steps`, on whatever checkpoint is there.
+fn run(memory: &Memory, steps: u64) -> Trainer {
+    let tokenizer = tokenizer();
+    let start = model(tokenizer.vocab_size());
+    let cancel = Cancel::new();
+    let mut work = Rl {
+        config: config(),
+        prompts: rollout::prompts(&records(), &ChatTemplate::default(), &tokenizer).unwrap(),
+        scorer: &Letters,
+        tokenizer: &tokenizer,
+        reference: start.clone(),
+        seed: 11,
+        cancel: &cancel,
+        probe: None,
+    };
+    let adamw = AdamWConfig { weight_decay: 0.0, ..AdamWConfig::default() };
+    let mut trainer = Trainer::new(start, TrainerConfig { adamw, ..TrainerConfig::default() }).unwrap();
+    let events = Events::none();
+    let clock = VirtualClock::default();
+    let host = TrainHost { stage: "rl", events: &events, cancel: &cancel, clock: &clock, checkpoints: memory };
+    let options = RunOptions {
+        checkpoint: CheckpointEvery { steps: Some(2), minutes: None },
+        guard: GuardConfig::finite_only(),
+        ..RunOptions::new(Horizon::Steps(steps))
+    };
+    run_training(&mut trainer, &mut work, &host, &options).unwrap();
+    trainer
+}
+
+#[test]
+fn rewards_rise_and_an_interruption_leaves_no_trace() {
+    let whole = run(&Memory::default(), 24);
+    let figures = &whole.state.figures;
+    let reward = figures.get("reward_mean").unwrap();
+    assert!(reward.late_mean() > reward.first + 0.5, "{reward:?}");
+    assert!(figures.get("logprob_gap_max").unwrap().last < 1e-3);
+    assert!(figures.get("kl").unwrap().last > 0.0 && figures.get("entropy").unwrap().last > 0.0);
+    assert_eq!(figures.get("reward.a"), figures.get("reward_mean"));
+
+    let memory = Memory::default();
+    run(&memory, 9);
+    let resumed = run(&memory, 24);
+    let (a, b) = (whole.snapshot().unwrap(), resumed.snapshot().unwrap());
+    assert_eq!(a.state, b.state);
+    assert!(a.files == b.files, "weights differ");
+}
+
+#[test]
+fn settings_that_make_no_sense_are_named() {
+    let config = RlConfig { group: 1, minibatches: 1, temperature: 0.0, ..RlConfig::default() };
+    let paths: Vec<String> = config.check(Horizon::Steps(4)).into_iter().map(|(path, _)| path).collect();
+    assert_eq!(paths, ["group", "minibatches", "temperature"]);
+}
