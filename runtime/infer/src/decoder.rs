@@ -67,6 +67,19 @@ pub trait Decoder: Send + Sync {
     /// As [`Decoder::forward`].
     fn draft(&self, cache: &mut Self::Cache, hidden: &Tensor, steps: &[Step<'_>]) -> Result<Tensor, Error>;
 
+    /// Reads whole texts that nothing will follow; returns their final hidden states `[rows, d]`, text by text. May be
+    /// faster than [`Decoder::forward`] and differ from it by rounding.
+    ///
+    /// # Errors
+    /// As [`Decoder::forward`].
+    fn read(&self, texts: &[&[u32]]) -> Result<Tensor, Error> {
+        let pages = texts.iter().map(|text| text.len().div_ceil(self.page_tokens())).sum();
+        let mut cache = self.cache(pages);
+        let texts: Vec<&[u32]> = texts.iter().copied().filter(|text| !text.is_empty()).collect();
+        let steps: Vec<Step<'_>> = texts.iter().map(|ids| Step { seq: self.add(&mut cache), ids }).collect();
+        self.forward(&mut cache, &steps)
+    }
+
     /// `[rows, d]` to `[rows, vocab_size]`, F32.
     fn logits(&self, hidden: &Tensor) -> Tensor;
 }

@@ -5,8 +5,8 @@
 
 use std::collections::BTreeMap;
 
-use dsv3_model::{LatentCache, LatentType, Model, MtpStep, PAGE_TOKENS, SeqId, SeqStep};
-use dsv3_ops::Tensor;
+use dsv3_model::{Batch, LatentCache, LatentType, Model, MtpStep, PAGE_TOKENS, SeqId, SeqStep, TrainOptions};
+use dsv3_ops::{Spans, Tape, Tensor};
 
 use crate::{Decoder, Error, Step};
 
@@ -98,6 +98,17 @@ impl Decoder for Model {
             rows.push(MtpStep { seq: cache.seq(step.seq)?, hidden: own, ids: step.ids });
         }
         self.forward_mtp_cached(&mut cache.latents, 0, &rows).map_err(Error::Model)
+    }
+
+    /// The training form: attention over expanded keys, which for whole texts is less work than over latents.
+    fn read(&self, texts: &[&[u32]]) -> Result<Tensor, Error> {
+        let ids = texts.concat();
+        let targets = vec![Batch::NO_TARGET; ids.len()].into();
+        let spans = Spans::from_lens(texts.iter().map(|text| text.len()).filter(|len| *len > 0));
+        let options = TrainOptions { mtp: false, balance: false, ..TrainOptions::default() };
+        let batch = Batch { ids, spans, targets };
+        let out = self.forward_train(&mut Tape::inference(), &batch, options).map_err(Error::Model)?;
+        Ok(out.hidden.value)
     }
 
     fn logits(&self, hidden: &Tensor) -> Tensor {

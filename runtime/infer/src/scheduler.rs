@@ -231,7 +231,7 @@ impl<'a, D: Decoder> Scheduler<'a, D> {
 
     fn plan(&self) -> Vec<Planned> {
         let mut budget = self.options.prefill_tokens.max(1);
-        let rows_max = (LOGITS_MAX / self.decoder.vocab_size().max(1)).max(1);
+        let rows_max = logit_rows_max(self.decoder.vocab_size());
         let mut row = 0;
         let mut planned = |sequence: &Sequence| {
             let ids = match sequence.is_prefill() {
@@ -252,7 +252,7 @@ impl<'a, D: Decoder> Scheduler<'a, D> {
     /// Logits in groups of at most [`LOGITS_MAX`] values, then every sequence's tokens; leader first, then followers.
     fn choose(&mut self, plan: &[Planned], hidden: &Tensor) -> Vec<Vec<Outcome>> {
         let vocab = self.decoder.vocab_size();
-        let rows_max = (LOGITS_MAX / vocab.max(1)).max(1);
+        let rows_max = logit_rows_max(vocab);
         let mut outcomes = Vec::with_capacity(plan.len());
         let mut start = 0;
         while start < plan.len() {
@@ -398,6 +398,11 @@ pub(crate) fn validate<D: Decoder>(request: &Request, decoder: &D, pages_total: 
         return Err(Error::invalid("top_p", format!("{} is not between 0 and 1", sampling.top_p)));
     }
     Ok(())
+}
+
+/// Rows whose logits may exist at one time.
+pub(crate) fn logit_rows_max(vocab: usize) -> usize {
+    (LOGITS_MAX / vocab.max(1)).max(1)
 }
 
 /// Rows of `[rows, d]` in the given order; shares the buffer when they are all of them.

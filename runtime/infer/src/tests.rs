@@ -380,17 +380,19 @@ mod model {
         let model = random(Precision::F32);
         let requests = requests(false);
         let completions = generate(&model, requests.clone(), GenerateOptions::default(), &Cancel::new()).unwrap();
-        let items: Vec<Continuation> = requests
-            .iter()
-            .zip(&completions)
-            .map(|(request, completion)| Continuation {
-                prompt: request.ids.clone(),
-                continuation: completion.ids.clone(),
-            })
-            .collect();
+        let item = |(request, completion): (&Request, &Completion)| Continuation {
+            prompt: request.ids.clone(),
+            continuation: completion.ids.clone(),
+        };
+        let items: Vec<Continuation> = requests.iter().zip(&completions).map(item).collect();
         let scores = score(&model, &items, &Cancel::new()).unwrap();
         for (index, (score, completion)) in scores.iter().zip(&completions).enumerate() {
-            assert_eq!(score.logprobs, completion.logprobs);
+            let alone = super::score(&model, &items[index..=index], &Cancel::new()).unwrap();
+            assert_eq!(&alone[0], score, "a score must not depend on its company");
+            assert_eq!(score.logprobs.len(), completion.logprobs.len());
+            for (one, other) in score.logprobs.iter().zip(&completion.logprobs) {
+                assert!((one - other).abs() < 1e-4, "{one} {other}");
+            }
             if requests[index].sampling.temperature == 0.0 {
                 assert_eq!(score.greedy, completion.ids);
             }
