@@ -24,9 +24,8 @@ fn train_step(model: &Model, batch: &Batch) -> f64 {
     let mut tape = Tape::new();
     let out = model.forward_train(&mut tape, batch, TrainOptions::default()).expect("the batch fits");
     let forward = start.elapsed().as_secs_f64();
-    let seed = |var: &dsv3_ops::Var, value: f32| {
-        (var.id(), Tensor::f32(var.value.shape(), vec![value; var.value.numel()]))
-    };
+    let seed =
+        |var: &dsv3_ops::Var, value: f32| (var.id(), Tensor::f32(var.value.shape(), vec![value; var.value.numel()]));
     let mut seeds = vec![seed(&out.logp, -1e-3)];
     seeds.extend(out.mtp.iter().map(|mtp| seed(&mtp.logp, -3e-4)));
     seeds.extend(out.balance.iter().map(|(_, loss)| seed(loss, 1e-4)));

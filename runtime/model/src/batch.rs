@@ -22,11 +22,13 @@ impl Batch {
     pub const NO_TARGET: u32 = NO_TARGET;
 
     /// From rows of n + 1 tokens: n inputs, each with the next token as its target. Prediction depth k needs no more
-    /// tokens; it has n − k targets. An empty row adds nothing.
+    /// tokens; it has n − k targets. A row of less than two tokens has no target and is left out.
     pub fn from_rows<R: AsRef<[u32]>>(rows: impl IntoIterator<Item = R>) -> Self {
         let (mut ids, mut targets, mut lens) = (Vec::new(), Vec::new(), Vec::new());
         for row in rows {
-            if let [inputs @ .., _] = row.as_ref() {
+            if let [inputs @ .., _] = row.as_ref()
+                && !inputs.is_empty()
+            {
                 ids.extend_from_slice(inputs);
                 targets.extend_from_slice(&row.as_ref()[1..]);
                 lens.push(inputs.len());
@@ -40,7 +42,7 @@ impl Batch {
     /// # Panics
     /// When a row's flags are fewer than its tokens.
     pub fn from_masked_rows<'a>(rows: impl IntoIterator<Item = (&'a [u32], &'a [bool])>) -> Self {
-        let (tokens, wanted): (Vec<&[u32]>, Vec<&[bool]>) = rows.into_iter().filter(|(row, _)| !row.is_empty()).unzip();
+        let (tokens, wanted): (Vec<&[u32]>, Vec<&[bool]>) = rows.into_iter().filter(|(row, _)| row.len() > 1).unzip();
         let mut batch = Self::from_rows(&tokens);
         let flags = tokens.iter().zip(&wanted).flat_map(|(row, wanted)| &wanted[1..row.len()]);
         batch.targets =
@@ -67,6 +69,9 @@ impl Batch {
         if self.spans.tokens() != self.ids.len() || self.targets.len() != self.ids.len() {
             let (ids, spans) = (self.ids.len(), self.spans.tokens());
             return refused(format!("batch of {ids} tokens, {} targets, spans of {spans}", self.targets.len()));
+        }
+        if self.ids.is_empty() || self.spans.iter().any(|span| span.is_empty()) {
+            return refused("a batch without tokens, or with an empty sequence".to_owned());
         }
         let vocab = config.vocab_size;
         if let Some(id) = self.ids.iter().find(|id| **id as usize >= vocab) {

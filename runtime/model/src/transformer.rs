@@ -186,3 +186,6 @@ impl Pass<'_> {
         out
     }
 }
+
+#[cfg(test)]
+mod tests;
