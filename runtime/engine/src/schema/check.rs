@@ -286,7 +286,38 @@ impl<'a> Checker<'a> {
             }
             return;
         }
+        if let Some(tags) = external_tags(&resolved)
+            && node.entries().is_some()
+        {
+            return self.by_key(branches, &tags, node, at, path);
+        }
         self.best_branch(branches, &resolved, node, at, path);
+    }
+
+    /// Variants told apart by their only key, as `{steps: 10}` or `{tokens: 1e6}`.
+    fn by_key(&mut self, branches: &'a [Json], tags: &[Option<&'a str>], node: &mut Node, at: Span, path: &str) {
+        let names: Vec<&str> = tags.iter().copied().flatten().collect();
+        let keys: Vec<(String, Span)> =
+            node.entries().into_iter().flatten().map(|entry| (entry.key.clone(), entry.key_span)).collect();
+        let known = |key: &str| names.contains(&key);
+        for (key, span) in keys.iter().filter(|(key, _)| !known(key)) {
+            let problem = Diagnostic::new(*span, format!("unknown key `{key}` in `{path}`"));
+            self.report(problem.maybe_help(did_you_mean(key, names.iter().copied())));
+        }
+        let good: Vec<&(String, Span)> = keys.iter().filter(|(key, _)| known(key)).collect();
+        match good.as_slice() {
+            [(key, _)] if keys.len() == 1 => {
+                if let Some(branch) = tags.iter().position(|tag| *tag == Some(key.as_str())) {
+                    self.value(&branches[branch], node, at, path);
+                }
+            }
+            [] if !keys.is_empty() => {}
+            [_] => {}
+            [] => self.report(Diagnostic::new(at, format!("`{path}` takes one of {}", list(names)))),
+            [_, (_, second), ..] => {
+                self.report(Diagnostic::new(*second, format!("`{path}` takes exactly one of {}", list(names))));
+            }
+        }
     }
 
     /// `Some(Some(branch))` when a tag names a branch, `Some(None)` when the tag is missing or wrong (reported), `None`
@@ -359,6 +390,24 @@ impl<'a> Checker<'a> {
             None => self.mismatch(&alternatives(&wanted), node, at, path),
         }
     }
+}
+
+/// The only key of each variant; none where a variant is a word or nothing. `None` when variants are not of this form.
+fn external_tags<'a>(branches: &[&'a Map<String, Json>]) -> Option<Vec<Option<&'a str>>> {
+    let tag = |branch: &&'a Map<String, Json>| {
+        let properties = branch.get("properties").and_then(Json::as_object);
+        match properties {
+            None if !types(branch).contains(&"object") && !branch.contains_key("$ref") => Some(None),
+            Some(properties) if properties.len() == 1 => {
+                let name = properties.keys().next()?.as_str();
+                (branch.get("required")?.as_array()?.as_slice() == [Json::from(name)]).then_some(Some(name))
+            }
+            _ => None,
+        }
+    };
+    let tags: Vec<Option<&str>> = branches.iter().map(tag).collect::<Option<_>>()?;
+    let names: std::collections::BTreeSet<&str> = tags.iter().copied().flatten().collect();
+    (names.len() > 1 && names.len() == tags.iter().flatten().count()).then_some(tags)
 }
 
 /// Range of an integer format; 64-bit ranges are checked when the number is read.

@@ -28,6 +28,8 @@ struct Config {
     #[serde(default)]
     names: std::collections::BTreeMap<String, bool>,
     #[serde(default)]
+    length: Option<Length>,
+    #[serde(default)]
     one_or_many: Option<OneOrMany>,
 }
 
@@ -58,6 +60,16 @@ struct Phase {
     #[schemars(range(min = 1, max = 10))]
     #[serde(default)]
     width: i32,
+}
+
+#[derive(Debug, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+#[allow(dead_code)]
+enum Length {
+    Steps(u64),
+    Tokens(f64),
+    Fields { a: u8 },
+    All,
 }
 
 #[derive(Debug, Deserialize, JsonSchema)]
@@ -110,5 +122,27 @@ fn every_problem_is_found_at_its_place() {
         "p:11:14 `config.one_or_many` takes a text or a list; this is a map",
     ] {
         assert!(found.contains(part), "{part} in\n{found}");
+    }
+}
+
+#[test]
+fn variants_told_apart_by_their_only_key_are_checked_by_it() {
+    for good in ["{steps: 1}", "{tokens: 1e6}", "all", "{fields: {a: 1}}", "null"] {
+        assert_eq!(problems(&format!("steps: 1\nlength: {good}\n")), Vec::<String>::new(), "{good}");
+    }
+    for (bad, part) in [
+        ("{stesp: 1}", "p:2:10 unknown key `stesp` in `config.length` [did you mean `steps`?]"),
+        ("{steps: x}", "p:2:17 `config.length.steps` takes an integer"),
+        ("{steps: 1, tokens: 2}", "p:2:20 `config.length` takes exactly one of"),
+        ("{}", "p:2:1 `config.length` takes one of"),
+        ("{fields: {b: 1}}", "unknown key `b` in `config.length.fields`"),
+        ("al", "p:2:9 `config.length`"),
+        ("7", "p:2:9 `config.length`"),
+    ] {
+        let found = problems(&format!("steps: 1\nlength: {bad}\n"));
+        assert!(
+            found.len() == 1 && found[0].starts_with(part) || found.iter().any(|f| f.contains(part)),
+            "{bad}: {found:?}"
+        );
     }
 }
