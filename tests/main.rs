@@ -3,4 +3,5 @@
 mod cli;
 mod embed;
 mod golden;
+mod serve;
 mod tidy;
