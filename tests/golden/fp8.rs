@@ -50,9 +50,15 @@ fn tables(folder: &Folder) -> Faults {
         for (bits, want) in record.bytes().into_iter().enumerate() {
             let value = f32::from_bits((bits as u32) << 16);
             let code = encoding.encode(value);
-            let right = if value.is_nan() { encoding.decode(want).is_nan() && encoding.decode(code).is_nan() } else { code == want };
+            let right = if value.is_nan() {
+                encoding.decode(want).is_nan() && encoding.decode(code).is_nan()
+            } else {
+                code == want
+            };
             if !right {
-                faults.push(format!("fp8.table.{format}: {value} ({bits:#06x}) gives {code:#04x} instead of {want:#04x}"));
+                faults.push(format!(
+                    "fp8.table.{format}: {value} ({bits:#06x}) gives {code:#04x} instead of {want:#04x}"
+                ));
             }
         }
     }

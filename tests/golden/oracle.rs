@@ -130,10 +130,15 @@ fn greedy_by_cached_decoding(folder: &Folder) -> Faults {
     let mut rows: Vec<Vec<u32>> = greedy.iter().map(|row| row[..prompt_len].to_vec()).collect();
     let mut done: Vec<usize> = vec![0; rows.len()];
     while rows.iter().zip(&greedy).any(|(row, want)| row.len() < want.len()) {
-        let new: Vec<&[u32]> = rows.iter().zip(&done).enumerate().map(|(i, (row, done))| {
-            let chunk = if *done == 0 { (1 + 5 * i).min(row.len()) } else { row.len() - done };
-            &row[*done..done + chunk]
-        }).collect();
+        let new: Vec<&[u32]> = rows
+            .iter()
+            .zip(&done)
+            .enumerate()
+            .map(|(i, (row, done))| {
+                let chunk = if *done == 0 { (1 + 5 * i).min(row.len()) } else { row.len() - done };
+                &row[*done..done + chunk]
+            })
+            .collect();
         let steps: Vec<SeqStep<'_>> = seqs.iter().zip(&new).map(|(seq, ids)| SeqStep { seq: *seq, ids }).collect();
         let hidden = model.forward_cached(&mut cache, &steps).expect("the cache has room");
         let logits = model.logits(&hidden);

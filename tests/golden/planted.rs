@@ -43,7 +43,8 @@ fn plant(path: &Path, prefix: &str) -> String {
 fn copy(from: &Path, to: &Path) {
     for entry in std::fs::read_dir(from).expect("the folder is there").flatten() {
         if entry.path().is_file() {
-            std::fs::write(to.join(entry.file_name()), std::fs::read(entry.path()).expect("readable")).expect("written");
+            std::fs::write(to.join(entry.file_name()), std::fs::read(entry.path()).expect("readable"))
+                .expect("written");
         }
     }
 }

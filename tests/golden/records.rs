@@ -156,9 +156,14 @@ pub(crate) fn close(faults: &mut Faults, name: &str, got: &[f32], want: &Record,
         return faults.push(format!("{name}: {} values, the record has {:?}", got.len(), want.shape));
     }
     let worst = got.iter().zip(&want.values).map(|(g, w)| (f64::from(*g) - w).abs()).fold(0.0, not_smaller);
-    if !(worst <= limit) {
+    if exceeds(worst, limit) {
         faults.push(format!("{name}: off by {worst:.3e}, allowed {limit:.1e}"));
     }
+}
+
+/// Above the limit, or not a number.
+fn exceeds(value: f64, limit: f64) -> bool {
+    value.is_nan() || value > limit
 }
 
 /// The larger one; NaN wins.
@@ -173,14 +178,14 @@ pub(crate) fn near(faults: &mut Faults, name: &str, got: &[f32], want: &[f64], l
     }
     let distance = got.iter().zip(want).map(|(g, w)| (f64::from(*g) - w).powi(2)).sum::<f64>().sqrt();
     let norm = want.iter().map(|w| w * w).sum::<f64>().sqrt();
-    if !(distance <= limit * norm) {
+    if exceeds(distance, limit * norm) {
         faults.push(format!("{name}: off by {:.3e} of its norm {norm:.3e}, allowed {limit:.1e}", distance / norm));
     }
 }
 
 /// A number within `limit` of the record, relative.
 pub(crate) fn same(faults: &mut Faults, name: &str, got: f64, want: f64, limit: f64) {
-    if !((got - want).abs() <= limit * want.abs()) {
+    if exceeds((got - want).abs(), limit * want.abs()) {
         faults.push(format!("{name}: {got} instead of {want}"));
     }
 }
