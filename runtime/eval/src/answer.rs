@@ -39,7 +39,7 @@ fn think_then_hashes(text: &str) -> Option<String> {
 fn last_number(text: &str) -> Option<String> {
     let in_number = |c: char| c.is_ascii_digit() || matches!(c, '.' | ',' | '-');
     let has_digit = |word: &&str| word.bytes().any(|byte| byte.is_ascii_digit());
-    text.split(|c| !in_number(c)).filter(has_digit).next_back().map(normalise)
+    text.split(|c| !in_number(c)).rfind(has_digit).map(normalise)
 }
 
 /// The form in which answers are compared: no white space around, no currency sign, no thousands separators, no closing

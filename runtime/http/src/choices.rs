@@ -85,10 +85,7 @@ impl Run {
     fn submit(&mut self, index: usize, job: Job, sender: &UnboundedSender<(usize, Update)>) -> Result<(), ApiError> {
         let tokenizer = &self.state.served.text.tokenizer;
         let with_logprobs = job.request.echo_from.is_some();
-        let transcript = match job.echo {
-            true => Transcript::with_prompt(job.stops),
-            false => Transcript::after(tokenizer, &job.request.ids, job.stops, job.visible_only),
-        };
+        let transcript = Transcript::new(job.stops, job.visible_only);
         let mut choice = Choice {
             transcript,
             engine_id: 0,

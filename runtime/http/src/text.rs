@@ -38,25 +38,12 @@ pub(crate) struct Transcript {
     stopped: bool,
 }
 
-/// Prompt tokens that give the first new token its context (a space between words).
-const CONTEXT_TOKENS: usize = 8;
-
 impl Transcript {
-    /// Text that goes on after `prompt`.
-    pub(crate) fn after(tokenizer: &Tokenizer, prompt: &[u32], stops: Vec<String>, visible_only: bool) -> Self {
-        let mut incremental = Incremental::new();
-        for id in &prompt[prompt.len().saturating_sub(CONTEXT_TOKENS)..] {
-            incremental.push(tokenizer, *id);
-        }
-        let (held, held_tokens) = (String::new(), Vec::new());
-        Self { incremental, stops, visible_only, held, held_tokens, released: 0, stopped: false }
-    }
-
-    /// Text that begins with the prompt.
-    pub(crate) fn with_prompt(stops: Vec<String>) -> Self {
+    /// An empty text. It begins with an echoed prompt if [`Self::push_prompt`] is called, else with the first new token.
+    pub(crate) fn new(stops: Vec<String>, visible_only: bool) -> Self {
         let (held, held_tokens) = (String::new(), Vec::new());
         let incremental = Incremental::new();
-        Self { incremental, stops, visible_only: false, held, held_tokens, released: 0, stopped: false }
+        Self { incremental, stops, visible_only, held, held_tokens, released: 0, stopped: false }
     }
 
     /// Adds a token of an echoed prompt; `silent` tokens (a bos that the server added) have no text.
@@ -180,7 +167,7 @@ mod tests {
     fn run(text: &str, stops: &[&str]) -> (Vec<String>, Vec<Shown>, bool) {
         let tokenizer = tokenizer();
         let stops = stops.iter().map(|stop| (*stop).to_owned()).collect();
-        let mut transcript = Transcript::after(&tokenizer, &[], stops, false);
+        let mut transcript = Transcript::new(stops, false);
         let (mut texts, mut tokens) = (Vec::new(), Vec::new());
         for id in tokenizer.encode(text).unwrap() {
             let piece = transcript.push(&tokenizer, &token(id));
@@ -224,7 +211,7 @@ mod tests {
     #[test]
     fn an_echoed_prompt_ignores_stops() {
         let tokenizer = tokenizer();
-        let mut transcript = Transcript::with_prompt(vec!["cat".to_owned()]);
+        let mut transcript = Transcript::new(vec!["cat".to_owned()], false);
         transcript.push_prompt(&tokenizer, &token(0), true);
         for id in tokenizer.encode("the cat").unwrap() {
             transcript.push_prompt(&tokenizer, &token(id), false);

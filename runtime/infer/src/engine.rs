@@ -19,6 +19,9 @@ use crate::{Counters, Decoder, Error, Finish, Options, Request, Scheduler, Updat
 /// Receives a request's updates; answers false when nobody listens any more.
 pub type Sink = Box<dyn FnMut(Update) -> bool + Send>;
 
+/// Refuses, on the caller's thread, what the engine could never serve.
+type Check = Box<dyn Fn(&Request) -> Result<(), Error> + Send + Sync>;
+
 enum Command {
     Submit(u64, Request, Sink),
     Cancel(u64),
@@ -32,7 +35,7 @@ pub struct Engine {
     stop: Arc<AtomicBool>,
     counters: Arc<Mutex<Counters>>,
     next: AtomicU64,
-    check: Box<dyn Fn(&Request) -> Result<(), Error> + Send + Sync>,
+    check: Check,
 }
 
 impl Engine {

@@ -65,7 +65,8 @@ pub(crate) fn run<D: Decoder>(
     let batch_max = options.batch_max.max(1);
     let cache_tokens = pages.iter().take(batch_max).sum::<usize>() * page;
     let waiting_max = requests.len();
-    let options = Options { cache_tokens, batch_max, prefill_tokens: options.prefill_tokens, waiting_max };
+    let prefill_tokens = options.prefill_tokens;
+    let options = Options { cache_tokens, batch_max, prefill_tokens, waiting_max, ..Options::default() };
     let mut scheduler = Scheduler::new(decoder, options);
     for (id, request) in requests.into_iter().enumerate() {
         scheduler.submit(id as u64, request)?;

@@ -11,6 +11,14 @@
 use dsv3_core::Rng;
 
 /// How to choose a token from a distribution.
+///
+/// ```
+/// use dsv3_infer::sampling::{Sampling, sample};
+/// let logits = [0.5, 2.0, -1.0];
+/// assert_eq!(sample(&logits, &Sampling::default(), 0), Some(1));
+/// let warm = Sampling { temperature: 1.0, top_p: 0.9, seed: 7 };
+/// assert_eq!(sample(&logits, &warm, 3), sample(&logits, &warm, 3));
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Sampling {
     /// Divides the logits; 0 takes the most likely token.

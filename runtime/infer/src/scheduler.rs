@@ -30,11 +30,14 @@ pub struct Options {
     pub prefill_tokens: usize,
     /// Requests that may wait.
     pub waiting_max: usize,
+    /// A request that joins this many others or more does not draft: a wide batch keeps the machine busy already, and
+    /// the rows of drafts that are refused would only take its time.
+    pub speculate_batch_max: usize,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { cache_tokens: 32_768, batch_max: 64, prefill_tokens: 512, waiting_max: 1024 }
+        Self { cache_tokens: 32_768, batch_max: 64, prefill_tokens: 512, waiting_max: 1024, speculate_batch_max: 16 }
     }
 }
 
@@ -205,7 +208,7 @@ impl<'a, D: Decoder> Scheduler<'a, D> {
                 self.answer_at_once(id, &request, sink);
                 continue;
             }
-            request.speculate &= self.decoder.has_draft();
+            request.speculate &= self.decoder.has_draft() && self.live() < self.options.speculate_batch_max;
             self.pages_free -= pages;
             let tokens = request.ids.clone();
             let mut sequence =
