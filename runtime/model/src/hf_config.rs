@@ -92,6 +92,10 @@ impl HfConfig {
         let mut kept = Map::new();
         for name in COPIED {
             match fields.remove(*name) {
+                // No shared experts is written as null.
+                Some(Value::Null) if *name == "n_shared_experts" => {
+                    kept.insert((*name).to_owned(), json!(0));
+                }
                 None | Some(Value::Null) => {}
                 // Some checkpoints list several end tokens; the first is the model's own.
                 Some(Value::Array(list)) if name.ends_with("_token_id") && !list.is_empty() => {

@@ -14,6 +14,23 @@ use crate::weight_names::{BiasInfo, Graph, ParamInfo, Role, Table};
 use crate::{Error, ModelConfig, RopeScaling, init};
 
 /// A DeepSeek-V3-class model.
+///
+/// ```
+/// use dsv3_model::{Batch, Model, ModelConfig, TrainOptions};
+/// use dsv3_ops::{Precision, Tape};
+///
+/// let config: ModelConfig = ModelConfig::from_json(br#"{
+///     "vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "moe_intermediate_size": 8,
+///     "num_hidden_layers": 2, "first_k_dense_replace": 1, "num_attention_heads": 2, "kv_lora_rank": 8,
+///     "qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 4, "n_routed_experts": 4,
+///     "num_experts_per_tok": 2, "max_position_embeddings": 64
+/// }"#)?;
+/// let model = Model::init(&config, Precision::F32, 1)?;
+/// let batch = Batch::from_rows([[1_u32, 5, 9, 2]]);
+/// let out = model.forward_train(&mut Tape::inference(), &batch, TrainOptions::default())?;
+/// assert_eq!(out.logp.value.shape(), [3]);
+/// # Ok::<(), dsv3_model::Error>(())
+/// ```
 #[derive(Clone, Debug)]
 pub struct Model {
     /// Its sizes.
