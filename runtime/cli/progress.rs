@@ -11,7 +11,10 @@ use std::{
 use dsv3_core::{Event, Events, Level, Outcome};
 use indicatif::{ProgressBar, ProgressStyle};
 
-use crate::{common::say, table::number};
+use crate::{
+    common::{say, tell},
+    table::number,
+};
 
 /// Time between two plain progress lines of a stage.
 const PLAIN_EVERY: Duration = Duration::from_secs(5);
@@ -60,8 +63,8 @@ impl Screen {
 
     fn line(&self, text: &str) {
         match &self.bar {
-            Some(bar) => bar.suspend(|| eprintln!("{text}")),
-            None => eprintln!("{text}"),
+            Some(bar) => bar.suspend(|| tell(text)),
+            None => tell(text),
         }
     }
 
@@ -142,7 +145,7 @@ impl Screen {
                 let due = self.current.last_line.is_none_or(|last| now.duration_since(last) >= PLAIN_EVERY);
                 if due || total == Some(done) {
                     self.current.last_line = Some(now);
-                    eprintln!("[{stage}] {text}");
+                    tell(format!("[{stage}] {text}"));
                 }
             }
         }

@@ -1,6 +1,7 @@
 //! SIGTERM, SIGINT and SIGUSR1 ask the run to checkpoint and stop (exit 75). A second SIGINT ends the process at once;
 //! what was committed stays, the next run goes on from the last checkpoint.
 
+use crate::common;
 use dsv3_core::{Cancel, Error, ErrorKind};
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -22,7 +23,7 @@ pub(crate) fn watch(cancel: Cancel) -> Result<(), Error> {
                 std::process::exit(i32::from(ErrorKind::Cancelled.exit_code()));
             }
             if !cancel.is_cancelled() {
-                eprintln!("stopping at the next checkpoint; interrupt again to stop at once");
+                common::tell("stopping at the next checkpoint; interrupt again to stop at once");
             }
             cancel.cancel();
         }
