@@ -2,6 +2,7 @@
 
 mod cli;
 mod embed;
+mod faults;
 mod golden;
 mod serve;
 mod tidy;

@@ -1,44 +1,40 @@
-//! The closing table: every figure with its floor, those with a floor or a remark first within each stage.
+//! The closing table: every figure, and its floor with the verdict where there is one.
 
 use std::collections::BTreeMap;
 
 use dsv3_core::{Bound, Figure};
 
-/// The table as text.
+/// The table as text: the plain figures first, then those with a floor or a remark, so that these stand last on the
+/// screen.
 pub(crate) fn closing(figures: &BTreeMap<String, Figure>) -> String {
-    if figures.is_empty() {
-        return "done".to_owned();
+    let (judged, plain): (Vec<_>, Vec<_>) =
+        figures.iter().partition(|(_, figure)| figure.floor.is_some() || figure.note.is_some());
+    let mut parts = Vec::new();
+    if !plain.is_empty() {
+        parts.push(lines(["figure", "value", "", "", ""], &plain));
     }
-    let mut stages: BTreeMap<&str, Vec<(&str, &Figure)>> = BTreeMap::new();
-    for (name, figure) in figures {
-        let (stage, metric) = name.split_once('.').unwrap_or(("", name));
-        stages.entry(stage).or_default().push((metric, figure));
+    if !judged.is_empty() {
+        parts.push(lines(["figure", "value", "floor", "", ""], &judged));
     }
-    let mut rows = vec![["figure", "value", "floor", "", ""].map(str::to_owned)];
-    for (stage, mut metrics) in stages {
-        metrics.sort_by_key(|(_, figure)| figure.floor.is_none() && figure.note.is_none());
-        rows.extend(metrics.into_iter().map(|(metric, figure)| row(&format!("{stage}.{metric}"), figure)));
-    }
-    let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
-    let widths: Vec<usize> = (0..4).map(width).collect();
-    let line = |row: &[String; 5]| {
-        let [name, value, floor, verdict, note] = row;
-        let text = format!(
-            "{name:a$}  {value:>b$}  {floor:>c$}  {verdict:d$}  {note}",
-            a = widths[0],
-            b = widths[1],
-            c = widths[2],
-            d = widths[3]
-        );
-        text.trim_end().to_owned()
-    };
-    let mut lines: Vec<String> = rows.iter().map(line).collect();
     let floors = figures.values().filter(|figure| figure.ok.is_some()).count();
     let missed = figures.values().filter(|figure| figure.ok == Some(false)).count();
-    if floors > 0 {
-        lines.push(format!("{} of {floors} floors met", floors - missed));
-    }
-    lines.join("\n")
+    parts.push(match floors {
+        0 => "done".to_owned(),
+        _ => format!("{} of {floors} floors met", floors - missed),
+    });
+    parts.join("\n\n")
+}
+
+fn lines(head: [&str; 5], figures: &[(&String, &Figure)]) -> String {
+    let rows: Vec<[String; 5]> = std::iter::once(head.map(str::to_owned))
+        .chain(figures.iter().map(|(name, figure)| row(name, figure)))
+        .collect();
+    let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
+    let [a, b, c, d] = [0, 1, 2, 3].map(width);
+    let line = |[name, value, floor, verdict, note]: &[String; 5]| {
+        format!("{name:a$}  {value:>b$}  {floor:>c$}  {verdict:d$}  {note}").trim_end().to_owned()
+    };
+    rows.iter().map(line).collect::<Vec<_>>().join("\n")
 }
 
 fn row(name: &str, figure: &Figure) -> [String; 5] {
@@ -105,8 +101,10 @@ mod tests {
         figures.insert("b.score".to_owned(), noted);
         let text = closing(&figures);
         let lines: Vec<&str> = text.lines().collect();
-        assert!(lines[1].starts_with("a.zloss") && lines[1].contains("MISSED"), "{text}");
-        assert!(lines[3].ends_with("ok      no ability"), "{text}");
-        assert_eq!(lines[4], "1 of 2 floors met");
+        assert!(lines[1].starts_with("a.speed"), "{text}");
+        assert!(lines[4].starts_with("a.zloss") && lines[4].contains("MISSED"), "{text}");
+        assert!(lines[5].ends_with("ok      no ability"), "{text}");
+        assert_eq!(lines[7], "1 of 2 floors met");
+        assert_eq!(closing(&BTreeMap::new()), "done");
     }
 }
