@@ -35,7 +35,7 @@ pub use decode::{MtpStep, SeqStep};
 pub use error::Error;
 pub use hf_config::{HfConfig, Quantization};
 pub use kv_cache::{LatentCache, LatentType, PAGE_TOKENS, SeqId};
-pub use load::{LoadPrecision, Loaded, load};
+pub use load::{LoadPrecision, Loaded, check_folder, load};
 pub use model::Model;
 pub use mtp::MtpOut;
 pub use save::{SaveFormat, save};

@@ -40,10 +40,7 @@ pub struct Loaded {
 /// # Errors
 /// When a file is missing or damaged, or a tensor does not fit `config.json`.
 pub fn load(path: &Path, precision: LoadPrecision, trainable: bool) -> Result<Loaded, Error> {
-    let config_path = path.join("config.json");
-    let text = std::fs::read(&config_path).map_err(|source| Error::Read { path: config_path, source })?;
-    let mut config = HfConfig::from_json(&text)?;
-    let folder = Folder::open(path)?;
+    let (mut config, folder) = open(path)?;
     let mut warnings = Vec::new();
     let present = modules_present(&folder, &config.model);
     if present < config.model.num_nextn_predict_layers {
@@ -93,6 +90,30 @@ pub fn load(path: &Path, precision: LoadPrecision, trainable: bool) -> Result<Lo
         model.freeze();
     }
     Ok(Loaded { model, config, warnings })
+}
+
+/// Checks names, shapes and types of the folder's tensors against its `config.json` without reading a weight.
+///
+/// # Errors
+/// At the first thing that [`load`] would refuse.
+pub fn check_folder(path: &Path) -> Result<HfConfig, Error> {
+    let (mut config, folder) = open(path)?;
+    config.model.num_nextn_predict_layers = modules_present(&folder, &config.model);
+    let table = Table::new(&config.model);
+    for info in &table.params {
+        check(&folder, info)?;
+    }
+    for bias in &table.biases {
+        plain(&bias.name, folder.expect(&bias.name, &[config.model.n_routed_experts])?)?;
+    }
+    own_precision(&folder, &table)?;
+    Ok(config)
+}
+
+fn open(path: &Path) -> Result<(HfConfig, Folder), Error> {
+    let config_path = path.join("config.json");
+    let text = std::fs::read(&config_path).map_err(|source| Error::Read { path: config_path, source })?;
+    Ok((HfConfig::from_json(&text)?, Folder::open(path)?))
 }
 
 /// How many prediction modules the files hold, counted from the first.

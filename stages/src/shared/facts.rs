@@ -24,13 +24,12 @@ pub(crate) fn check_model_folder(facts: &InputFacts, port: &str, problems: &mut 
         }
         return;
     };
-    match std::fs::read(config) {
-        Err(error) => problems.push(path.clone(), format!("{} cannot be read: {error}", config.display()), ""),
-        Ok(bytes) => {
-            if let Err(error) = HfConfig::from_json(&bytes) {
-                problems.push(path.clone(), format!("{}: {error}", config.display()), "");
-            }
-        }
+    // Names, shapes and types against config.json; no weight is read.
+    let folder = config.parent().unwrap_or(config);
+    if let Err(error) = dsv3_model::check_folder(folder) {
+        let problem = dsv3_core::Error::from(error);
+        problems.push(path.clone(), chain(&problem), problem.help.unwrap_or_default());
+        return;
     }
     if !files.iter().any(|file| file.ends_with(".safetensors")) {
         problems.push(path.clone(), "the folder has no .safetensors file", "give a Hugging Face model folder");
@@ -38,6 +37,12 @@ pub(crate) fn check_model_folder(facts: &InputFacts, port: &str, problems: &mut 
     if facts.external_file(port, "tokenizer.json").is_none() {
         problems.push(path, "the folder has no tokenizer.json", "put the model's tokenizer.json into the folder");
     }
+}
+
+/// An error and its causes on one line.
+fn chain(error: &dyn std::error::Error) -> String {
+    let causes = std::iter::successors(error.source(), |cause| cause.source());
+    causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
 }
 
 /// Facts of a model output.

@@ -10,6 +10,8 @@ use dsv3_train::{
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::shared::tokens;
+
 /// Length of a run. Schedules given as fractions are shares of it.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
@@ -136,14 +138,22 @@ pub(crate) fn host(ctx: &Ctx) -> TrainHost<'_> {
     }
 }
 
+/// Metrics of a step that follow from its schedules alone.
+const SCHEDULED: [&str; 4] = ["lr", "sequences", "mtp_weight", "bias_speed"];
+
 /// Publishes first, last and late values of the run's metrics and records what the guard did.
 pub(crate) fn close(ctx: &Ctx, trainer: &Trainer) -> Result<(), Error> {
     let state = &trainer.state;
     ctx.set_metric("steps", (state.earlier_steps + state.step) as f64);
     ctx.set_metric("tokens", state.tokens as f64);
     for (name, figure) in state.figures.iter() {
-        // Per-layer series stay in the events; the closing table holds the worst layer.
-        if name.contains('.') {
+        // Per-layer series and what schedules prescribe stay in the events; the closing table holds what was measured.
+        if name.contains('.') || SCHEDULED.contains(&name) {
+            continue;
+        }
+        // A count up to here has no first or late value worth telling.
+        if name == tokens::ROWS_READ {
+            ctx.set_metric(name, figure.last);
             continue;
         }
         ctx.set_metric(&format!("{name}_first"), figure.first);
