@@ -17,4 +17,4 @@ pub use choice::{ChoiceForm, ChoiceItem, ChoiceReport, choice_items, choose};
 pub use code::{CodeReport, score_code};
 pub use error::Error;
 pub use exact::{Answer, ExactItem, ExactOptions, ExactReport, chat_items, exact_match};
-pub use needle::{NeedleCount, NeedleItem, NeedleRecord, NeedleReport, find_needles, needle_items, read_needles};
+pub use needle::{NeedleCount, NeedleItem, NeedleReport, find_needles, needle_items};

@@ -1,60 +1,17 @@
 //! Needle retrieval: one sentence with a key at a depth of unrelated text, a question at the end.
 //!
-//! Prompt: `[bos] filler[..c] \n statement \n filler[c..] \n question`, exactly `length` tokens together with the answer,
-//! c = depth · filler. Scored under teacher forcing (each token of the answer given the true ones before): the share of
-//! the answer's tokens that are the most likely ones, and the share of answers that are right as a whole, which is greedy
+//! Records and their layout are [`NeedleRecord`]'s. Scored under teacher forcing (each token of the answer given the true
+//! ones before): the share of the answer's tokens that are the most likely ones, and the share of answers that are right as a whole, which is greedy
 //! generation's exact match.
 
-use std::{collections::BTreeMap, path::PathBuf};
+use std::collections::BTreeMap;
 
 use dsv3_core::Cancel;
-use dsv3_data::{Rows, Tokenizer};
+use dsv3_data::{NeedleIds, NeedleRecord, Tokenizer};
 use dsv3_infer::{Continuation, Decoder, score};
 use serde::{Deserialize, Serialize};
 
 use crate::Error;
-
-/// A needle as its file has it: columns `filler`, `statement`, `question`, `answer`, `depth`, `length_tokens`.
-#[derive(Clone, Debug, PartialEq)]
-pub struct NeedleRecord {
-    /// Unrelated text, long enough to be cut to length.
-    pub filler: String,
-    /// The sentence to find.
-    pub statement: String,
-    /// Start of the sentence again, which the answer completes.
-    pub question: String,
-    /// The key.
-    pub answer: String,
-    /// Place of the statement, 0 at the beginning and 1 at the end.
-    pub depth: f64,
-    /// Tokens of prompt and answer.
-    pub length_tokens: usize,
-}
-
-/// Reads needles from Parquet or JSONL files.
-///
-/// # Errors
-/// At the first file, row or column that cannot be used, with its place.
-pub fn read_needles(paths: &[PathBuf]) -> Result<Vec<NeedleRecord>, Error> {
-    let mut records = Vec::new();
-    for path in paths {
-        for row in Rows::open(path)? {
-            let row = row?;
-            let text = |column: &str| row.text(column).map(str::to_owned);
-            let depth = row.get("depth").and_then(|value| value.as_f64()).filter(|depth| (0.0..=1.0).contains(depth));
-            let length = row.get("length_tokens").and_then(|value| value.as_u64());
-            records.push(NeedleRecord {
-                filler: text("filler")?,
-                statement: text("statement")?,
-                question: text("question")?,
-                answer: text("answer")?,
-                depth: depth.ok_or_else(|| row.error("depth", "is no number from 0 to 1"))?,
-                length_tokens: length.ok_or_else(|| row.error("length_tokens", "is no whole number"))? as usize,
-            });
-        }
-    }
-    Ok(records)
-}
 
 /// A needle as the model reads it.
 #[derive(Clone, Debug, PartialEq)]
@@ -72,27 +29,14 @@ pub struct NeedleItem {
 /// # Errors
 /// When a record's filler is too short for its length, or the length too short for its sentence.
 pub fn needle_items(tokenizer: &Tokenizer, records: &[NeedleRecord]) -> Result<Vec<NeedleItem>, Error> {
-    let bos = tokenizer.specials().bos;
     let item = |(index, record): (usize, &NeedleRecord)| {
-        let refuse = |message: String| Error::Item { item: format!("needle {index}"), message };
-        let statement = tokenizer.encode(&format!("\n{}\n", record.statement))?;
-        let question = tokenizer.encode(&format!("\n{}", record.question))?;
-        let answer = tokenizer.encode(&format!(" {}", record.answer))?;
-        let filler = tokenizer.encode(&record.filler)?;
-        let fixed = usize::from(bos.is_some()) + statement.len() + question.len() + answer.len();
-        let length = record.length_tokens;
-        let body = length.checked_sub(fixed).filter(|_| !answer.is_empty());
-        let body = body.ok_or_else(|| refuse(format!("{length} tokens hold no statement, question and answer")))?;
-        if filler.len() < body {
-            return Err(refuse(format!("its filler has {} tokens, {body} are needed", filler.len())));
-        }
-        let cut = ((record.depth * body as f64) as usize).min(body);
-        let mut prompt: Vec<u32> = bos.into_iter().collect();
-        for part in [&filler[..cut], &statement, &filler[cut..body], &question] {
-            prompt.extend_from_slice(part);
+        let located = |message: String| Error::Item { item: format!("needle {index}"), message };
+        let NeedleIds { prompt, answer } = record.ids(tokenizer).map_err(|error| located(error.to_string()))?;
+        if answer.is_empty() {
+            return Err(located("its answer has no tokens".to_owned()));
         }
         let text = Continuation { prompt, continuation: answer };
-        Ok(NeedleItem { text, depth: record.depth, length_tokens: length })
+        Ok(NeedleItem { text, depth: record.depth, length_tokens: record.length_tokens })
     };
     records.iter().enumerate().map(item).collect()
 }

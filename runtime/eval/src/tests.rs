@@ -1,7 +1,7 @@
 //! The tasks against a made-up model that repeats the token two places back.
 
 use dsv3_core::Cancel;
-use dsv3_data::{BenchmarkRecord, ChatTemplate, Tokenizer, TrainOptions};
+use dsv3_data::{BenchmarkRecord, ChatTemplate, NeedleRecord, Tokenizer, TrainOptions};
 use dsv3_infer::{Decoder, Step, Tensor};
 
 use crate::*;

@@ -3,8 +3,8 @@
 use std::path::PathBuf;
 
 use dsv3_core::{Cancel, Error};
-use dsv3_data::Tokenizer;
-use dsv3_eval::{NeedleReport, find_needles, needle_items, read_needles};
+use dsv3_data::{Tokenizer, read_needles};
+use dsv3_eval::{NeedleReport, find_needles, needle_items};
 use dsv3_model::Model;
 use dsv3_stage::Ctx;
 
