@@ -4,5 +4,6 @@ mod cli;
 mod embed;
 mod faults;
 mod golden;
+mod hooks;
 mod serve;
 mod tidy;

@@ -1,3 +1,5 @@
+//! Records come from Parquet and JSON lines alike, and faults name file, row and column.
+
 use std::{fs, sync::Arc};
 
 use arrow::{

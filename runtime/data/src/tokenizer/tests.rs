@@ -1,3 +1,5 @@
+//! Training, round trips, special tokens, streaming decoding.
+
 use super::*;
 
 fn trained() -> Tokenizer {

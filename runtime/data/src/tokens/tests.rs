@@ -1,3 +1,5 @@
+//! The stream keeps its documents across rows and shards; a cut shard is one clear error.
+
 use std::{
     collections::BTreeMap,
     path::{Path, PathBuf},

@@ -1,3 +1,5 @@
+//! Every document that stays is in the stream once, whatever the threads; what is dropped is reported.
+
 use std::{cell::RefCell, fs};
 
 use dsv3_core::{Error, ErrorKind};
