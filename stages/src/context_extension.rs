@@ -170,7 +170,7 @@ fn train_phase(
         micro_batch_tokens: config.training.micro_batch_tokens,
         pad: meta.pad_token_id,
     };
-    let mut work = Supervised::new(source, phase.schedules.clone());
+    let mut work = tokens::CountingRows::new(Supervised::new(source, phase.schedules.clone()), &stream);
     run_training(trainer, &mut work, &training::host(ctx), &config.training.run(horizon))?;
     Ok(())
 }

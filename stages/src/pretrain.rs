@@ -143,12 +143,11 @@ impl Stage for Pretrain {
             pad: meta.pad_token_id,
         };
         let source = tokens::Validated::new(source, validation, config.sequence_tokens)?;
-        let mut work = Supervised::new(source, config.schedules);
+        let mut work = tokens::CountingRows::new(Supervised::new(source, config.schedules), &stream);
         let model = Model::init(&config.model, config.training.precision, ctx.seed())?;
         let mut trainer = Trainer::new(model, config.training.trainer())?;
         run_training(&mut trainer, &mut work, &training::host(ctx), &config.training.run(horizon))?;
         training::close(ctx, &trainer)?;
-        ctx.set_metric("rows_read", stream.rows_read() as f64);
         let template = config.chat_template.as_deref().map(ChatTemplate::new).transpose()?.unwrap_or_default();
         let files = folder::tokenizer_files(&open_tokenizer(ctx, &inputs.tokenizer)?, &template)?;
         Ok(Outputs { model: folder::publish(ctx, &trainer.model, SaveFormat::F32, &files)? })

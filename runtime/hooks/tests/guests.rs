@@ -16,12 +16,10 @@ fn example(name: &str) -> Vec<u8> {
     std::fs::read(dir.join(name)).unwrap()
 }
 
-/// A `document-filter` whose `judge` runs `body`, with `$n` documents. `$answer` makes an `ok` answer of `$n` actions that
-/// all equal its second parameter, with empty notes. The first data byte of the batch is `(i32.load8_u (local.get $data))`.
-fn filter(body: &str) -> Vec<u8> {
-    let text = format!(
-        r#"(module
-  (memory (export "memory") 2)
+/// Memory, an allocator that aligns to 8, and the `configure` every world has.
+fn common(interface: &str) -> String {
+    format!(
+        r#"(memory (export "memory") 2)
   (global $top (mut i32) (i32.const 65536))
   (func $alloc (export "cabi_realloc") (param i32 i32 i32 i32) (result i32)
     (local $at i32)
@@ -30,8 +28,28 @@ fn filter(body: &str) -> Vec<u8> {
     (if (i32.gt_u (global.get $top) (i32.mul (memory.size) (i32.const 65536)))
       (then (if (i32.eq (memory.grow (i32.const 16)) (i32.const -1)) (then unreachable))))
     (local.get $at))
-  (func (export "dsv3:hooks/filter@0.1.0#configure") (param i32 i32) (result i32)
-    (i32.store8 (i32.const 16) (i32.const 0)) (i32.const 16))
+  (func (export "dsv3:hooks/{interface}@0.1.0#configure") (param i32 i32) (result i32)
+    (i32.store8 (i32.const 16) (i32.const 0)) (i32.const 16))"#
+    )
+}
+
+/// The module `text` as a component of `world`.
+fn component(text: &str, world: &str) -> Vec<u8> {
+    let mut module = wat::parse_str(text).unwrap();
+    let mut resolve = wit_parser::Resolve::default();
+    let package = resolve.push_file(schemas().join("hooks.wit")).unwrap();
+    let world = resolve.select_world(&[package], Some(world)).unwrap();
+    embed_component_metadata(&mut module, &resolve, world, StringEncoding::UTF8).unwrap();
+    ComponentEncoder::default().module(&module).unwrap().encode().unwrap()
+}
+
+/// A `document-filter` whose `judge` runs `body`, with `$n` documents. `$answer` makes an `ok` answer of `$n` actions that
+/// all equal its second parameter, with empty notes. The first data byte of the batch is `(i32.load8_u (local.get $data))`.
+fn filter(body: &str) -> Vec<u8> {
+    let common = common("filter");
+    let text = format!(
+        r#"(module
+  {common}
   (func $answer (param $n i32) (param $action i32) (result i32)
     (local $actions i32) (local $offsets i32)
     (local.set $actions (call $alloc (i32.const 0) (i32.const 0) (i32.const 1) (local.get $n)))
@@ -52,12 +70,21 @@ fn filter(body: &str) -> Vec<u8> {
     (local.set $n (i32.sub (local.get $offsets_len) (i32.const 1)))
     {body}))"#
     );
-    let mut module = wat::parse_str(&text).unwrap();
-    let mut resolve = wit_parser::Resolve::default();
-    let package = resolve.push_file(schemas().join("hooks.wit")).unwrap();
-    let world = resolve.select_world(&[package], Some("document-filter")).unwrap();
-    embed_component_metadata(&mut module, &resolve, world, StringEncoding::UTF8).unwrap();
-    ComponentEncoder::default().module(&module).unwrap().encode().unwrap()
+    component(&text, "document-filter")
+}
+
+/// A `reward` whose `score` runs `body` on the items at `$items`: 16 bytes for each of the four texts (data, its length,
+/// offsets, their length), completions second.
+fn reward(body: &str) -> Vec<u8> {
+    let common = common("rewards");
+    let text = format!(
+        r#"(module
+  {common}
+  (func (export "dsv3:hooks/rewards@0.1.0#score") (param $items i32) (result i32)
+    (local $n i32) (local $i i32) (local $at i32) (local $end i32) (local $sum i32) (local $totals i32)
+    {body}))"#
+    );
+    component(&text, "reward")
 }
 
 fn limits() -> Limits {
@@ -72,6 +99,55 @@ fn load(host: &Host, wasm: &[u8], limits: Limits, on_error: OnError) -> Hook {
 const FUSSY: &str = r#"(if (i32.eq (i32.load8_u (local.get $data)) (i32.const 120)) (then unreachable))
     (if (i32.gt_u (local.get $n) (i32.const 1)) (then unreachable))
     (call $answer (local.get $n) (i32.const 0))"#;
+
+const ENDLESS: &str = "(loop $again (br $again)) unreachable";
+
+/// Rewards a completion with the sum of its bytes modulo 8: whatever a model writes, some of it is better.
+const BYTES: &str = r#"(local.set $n (i32.sub (i32.load offset=28 (local.get $items)) (i32.const 1)))
+    (local.set $totals (call $alloc (i32.const 0) (i32.const 0) (i32.const 8) (i32.mul (local.get $n) (i32.const 8))))
+    (block $done (loop $next
+      (br_if $done (i32.ge_u (local.get $i) (local.get $n)))
+      (local.set $at (i32.add (i32.load offset=24 (local.get $items)) (i32.mul (local.get $i) (i32.const 4))))
+      (local.set $end (i32.add (i32.load offset=16 (local.get $items)) (i32.load offset=4 (local.get $at))))
+      (local.set $at (i32.add (i32.load offset=16 (local.get $items)) (i32.load (local.get $at))))
+      (local.set $sum (i32.const 0))
+      (block $read (loop $byte
+        (br_if $read (i32.ge_u (local.get $at) (local.get $end)))
+        (local.set $sum (i32.add (local.get $sum) (i32.load8_u (local.get $at))))
+        (local.set $at (i32.add (local.get $at) (i32.const 1)))
+        (br $byte)))
+      (f64.store (i32.add (local.get $totals) (i32.mul (local.get $i) (i32.const 8)))
+        (f64.convert_i32_u (i32.and (local.get $sum) (i32.const 7))))
+      (local.set $i (i32.add (local.get $i) (i32.const 1)))
+      (br $next)))
+    (i32.store (i32.const 32) (i32.const 0))
+    (i32.store (i32.const 36) (local.get $totals)) (i32.store (i32.const 40) (local.get $n))
+    (i32.store (i32.const 44) (i32.const 8)) (i32.store (i32.const 48) (i32.const 0))
+    (i32.store (i32.const 52) (i32.const 8)) (i32.store (i32.const 56) (i32.const 0))
+    (i32.const 32)"#;
+
+/// The components that the tests of whole pipelines use are those of the texts here; `DSV3_UPDATE=1` writes them again.
+#[test]
+fn components_of_the_pipeline_tests_are_built_from_these_texts() {
+    let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../tests/data/tiny/hooks");
+    for (name, wasm) in [
+        ("trap.wasm", filter(FUSSY)),
+        ("loop.wasm", filter(ENDLESS)),
+        ("bytes.wasm", reward(BYTES)),
+        ("reward_trap.wasm", reward("unreachable")),
+    ] {
+        let path = folder.join(name);
+        if std::env::var_os("DSV3_UPDATE").is_some() {
+            std::fs::write(&path, &wasm).unwrap();
+        }
+        assert!(std::fs::read(&path).unwrap() == wasm, "{} is stale: run this test with DSV3_UPDATE=1", path.display());
+    }
+    let host = Host::new(None).unwrap();
+    let hook = host.load("b", &reward(BYTES), World::Reward, &json!({}), Limits::default(), OnError::Fail).unwrap();
+    let item = |completion| RewardItem { prompt: "p", completion, answer: "", metadata: "{}", finished: true };
+    let rewards = hook.reward(0, &[item("a"), item(""), item("ab")]).unwrap().rewards;
+    assert_eq!(rewards.iter().map(|reward| reward.total).collect::<Vec<_>>(), [1.0, 0.0, 3.0]);
+}
 
 #[test]
 fn a_trap_names_hook_batch_and_item() {
@@ -103,16 +179,15 @@ fn policies_touch_the_failing_document_only() {
 #[test]
 fn limits_end_the_guest_and_are_told_apart() {
     let host = Host::new(None).unwrap();
-    let endless = "(loop $again (br $again)) unreachable";
     let grow = "(loop $again (drop (call $alloc (i32.const 0) (i32.const 0) (i32.const 1) (i32.const 65536))) (br $again)) unreachable";
     let recurse = "(call $recurse (i32.const 0))";
     let run = |body: &str, limits: Limits, policy| load(&host, &filter(body), limits, policy).filter(0, &["a"]);
     let cause = |result: Result<_, HookError>| result.unwrap_err().cause;
-    assert_eq!(cause(run(endless, limits(), OnError::Keep)), Cause::Deadline(500), "a deadline is always fatal");
+    assert_eq!(cause(run(ENDLESS, limits(), OnError::Keep)), Cause::Deadline(500), "a deadline is always fatal");
     assert_eq!(cause(run(grow, limits(), OnError::Fail)), Cause::Memory(16 << 20));
     assert!(matches!(cause(run(recurse, limits(), OnError::Fail)), Cause::Trap(text) if text.contains("stack")));
     let fuelled = Limits { fuel: Some(100_000), ..limits() };
-    assert_eq!(cause(run(endless, fuelled, OnError::Fail)), Cause::Fuel(100_000));
+    assert_eq!(cause(run(ENDLESS, fuelled, OnError::Fail)), Cause::Fuel(100_000));
 }
 
 #[test]

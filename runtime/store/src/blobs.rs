@@ -232,7 +232,7 @@ impl Store {
     /// The content of a file of an artifact: the source the plan names, or the blob.
     ///
     /// # Errors
-    /// [`StoreError::SourceChanged`] when neither holds the content of the digest.
+    /// [`StoreError::SourceChanged`] or [`StoreError::SourceMissing`] when neither holds the content of the digest.
     pub async fn get_file(&self, entry: &FileEntry, sources: &Sources) -> Result<Bytes> {
         let Some(source) = sources.get(&entry.digest) else {
             return self.get_blob(entry.digest).await.map_err(|error| in_file(error, entry));
@@ -243,7 +243,11 @@ impl Store {
             // A copy in the store serves as well.
             read => match self.get_blob(entry.digest).await {
                 Ok(bytes) => Ok(bytes),
-                Err(StoreError::Missing { .. }) => read.and(Err(StoreError::SourceChanged { path: source.clone() })),
+                Err(StoreError::Missing { .. }) => Err(match read {
+                    Ok(_) => StoreError::SourceChanged { path: source.clone() },
+                    Err(StoreError::Missing { .. }) => StoreError::SourceMissing { path: source.clone() },
+                    Err(error) => error,
+                }),
                 Err(error) => Err(error),
             },
         }

@@ -54,6 +54,12 @@ pub enum StoreError {
         /// How it shows.
         problem: String,
     },
+    /// A file outside the store is gone.
+    #[error("input file {path} does not exist any more")]
+    SourceMissing {
+        /// Which file.
+        path: String,
+    },
     /// A file outside the store is no longer what the plan saw.
     #[error("input file {path} has changed since the plan was made")]
     SourceChanged {
@@ -126,7 +132,9 @@ impl StoreError {
             | Self::SourceChanged { .. }
             | Self::Kind { .. }
             | Self::NoSuchFile { .. } => ErrorKind::Data,
-            Self::Unavailable { .. } | Self::Io { .. } | Self::Taken { .. } => ErrorKind::Unavailable,
+            Self::SourceMissing { .. } | Self::Unavailable { .. } | Self::Io { .. } | Self::Taken { .. } => {
+                ErrorKind::Unavailable
+            }
             Self::Cancelled { .. } => ErrorKind::Cancelled,
             Self::BadPath { .. } | Self::Encode { .. } | Self::Task { .. } => ErrorKind::Internal,
         }
@@ -137,6 +145,7 @@ impl StoreError {
             Self::Url { .. } => "use file://./FOLDER, file:///FOLDER, memory://, s3://BUCKET/PREFIX, gs:// or az://",
             Self::Missing { .. } => "restore the file, or run again without --from or --only so that it is made anew",
             Self::Damaged { .. } => "delete the damaged object and run again: what made it is made anew",
+            Self::SourceMissing { .. } => "restore the file and run again; what was finished stays finished",
             Self::SourceChanged { .. } => "run the pipeline again: a new plan takes the new content",
             Self::Unavailable { .. } | Self::Io { .. } => {
                 "make room or give access, then run again; nothing that was committed is lost"

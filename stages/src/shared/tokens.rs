@@ -4,8 +4,15 @@ use std::path::PathBuf;
 
 use dsv3_core::{Artifact, Error, kinds::Tokens};
 use dsv3_data::{TokenDataset, TokenMeta};
+use dsv3_model::Model;
 use dsv3_stage::Ctx;
-use dsv3_train::{MicroBatch, Request, Source, StepData, WindowSource, micro_batches};
+use dsv3_train::{
+    MicroBatch, Request, Source, StepData, StepReport, Supervised, Trainer, WindowSource, Work, micro_batches,
+    schedule::Horizon,
+};
+
+/// Name of the metric that counts rows.
+pub(crate) const ROWS_READ: &str = "rows_read";
 
 /// Opens the stream behind `artifact`.
 pub(crate) fn open(ctx: &Ctx, artifact: &Artifact<Tokens>) -> Result<(TokenDataset, TokenMeta), Error> {
@@ -69,5 +76,37 @@ impl Source for Validated<'_> {
         let rows = (0..windows).map(|i| Ok(stream.read(i * length..(i + 1) * length + 1)?));
         let rows = rows.collect::<Result<Vec<_>, Error>>()?;
         Ok(micro_batches(&rows, self.train.micro_batch_tokens, meta.pad_token_id))
+    }
+}
+
+/// Supervised training that reports `rows_read` after every step: rows of the stream that its steps have touched, those
+/// of a resumed run's earlier attempts up to the checkpoint included.
+pub(crate) struct CountingRows<'a, S> {
+    work: Supervised<S>,
+    stream: &'a TokenDataset,
+    /// Rows up to the last step; none before the first of this process.
+    rows: Option<f64>,
+}
+
+impl<'a, S: Source> CountingRows<'a, S> {
+    /// `work` on windows of `stream`.
+    pub(crate) fn new(work: Supervised<S>, stream: &'a TokenDataset) -> Self {
+        Self { work, stream, rows: None }
+    }
+}
+
+impl<S: Source> Work for CountingRows<'_, S> {
+    fn step(&mut self, trainer: &mut Trainer, horizon: Horizon) -> dsv3_train::Result<Option<StepReport>> {
+        let before = self.stream.rows_read();
+        let earlier = trainer.state.figures.get(ROWS_READ).map_or(0.0, |figure| figure.last);
+        let Some(mut report) = self.work.step(trainer, horizon)? else { return Ok(None) };
+        let rows = self.rows.unwrap_or(earlier) + (self.stream.rows_read() - before) as f64;
+        self.rows = Some(rows);
+        report.metrics.push((ROWS_READ.to_owned(), rows));
+        Ok(Some(report))
+    }
+
+    fn validate(&mut self, model: &Model) -> dsv3_train::Result<Vec<(String, f64)>> {
+        self.work.validate(model)
     }
 }

@@ -102,7 +102,8 @@ impl TokenDataset {
         self.total
     }
 
-    /// Parquet rows decoded so far; shows that a resumed run does not read everything again.
+    /// Parquet rows that reads have touched so far, whether decoded for them or before; shows that a resumed run does not
+    /// read everything again.
     pub fn rows_read(&self) -> u64 {
         self.lock().rows_read
     }
@@ -120,6 +121,8 @@ impl TokenDataset {
         }
         let mut out = Vec::with_capacity((range.end - range.start) as usize);
         let mut at = range.start;
+        let rows = range.end.div_ceil(self.row_tokens) - range.start / self.row_tokens;
+        self.lock().rows_read += rows;
         while at < range.end {
             let shard_index = self.shards.partition_point(|shard| shard.start <= at) - 1;
             let shard = &self.shards[shard_index];
@@ -164,7 +167,6 @@ impl TokenDataset {
         }
         let tokens = Arc::new(self.shards[shard].decode(group)?);
         let mut cache = self.lock();
-        cache.rows_read += (tokens.len() as u64).div_ceil(self.row_tokens);
         cache.insert((shard, group), tokens.clone());
         Ok(tokens)
     }

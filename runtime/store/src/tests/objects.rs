@@ -123,7 +123,8 @@ async fn a_source_is_read_where_it_lies_and_refused_when_it_changed() {
     assert!(matches!(error, StoreError::SourceChanged { .. }), "{error}");
     fs::remove_file(&path).unwrap();
     let error = store.get_file(&entry, &sources).await.unwrap_err();
-    assert!(matches!(error, StoreError::Missing { .. }) && error.to_string().contains("input.jsonl"), "{error}");
+    assert!(matches!(error, StoreError::SourceMissing { .. }) && error.to_string().contains("input.jsonl"), "{error}");
+    assert_eq!(error.kind().exit_code(), 69);
     store.put_blob(Bytes::from_static(b"one")).await.unwrap();
     assert_eq!(store.get_file(&entry, &sources).await.unwrap(), "one");
 }
