@@ -7,6 +7,7 @@ mod common;
 mod exec;
 mod explain;
 mod generate;
+mod get;
 mod inspect;
 mod plan;
 mod progress;
@@ -51,6 +52,8 @@ enum Command {
     Runs(runs::Args),
     /// Show an artifact, a stage's result, or the tensors of a safetensors file
     Inspect(inspect::Args),
+    /// Copy an artifact out of the store into a folder
+    Get(get::Args),
     /// Print the JSON Schema of pipeline files
     Schema(schema::Args),
     /// Serve a model folder over an OpenAI-compatible HTTP API
@@ -113,6 +116,7 @@ impl Command {
             Self::Explain(args) => explain::run(args).await,
             Self::Runs(args) => runs::run(args).await,
             Self::Inspect(args) => inspect::run(args).await,
+            Self::Get(args) => get::run(args).await,
             Self::Schema(args) => schema::run(&args),
             Self::Serve(args) => Ok(serve::run(args).await?),
             Self::Generate(args) => Ok(generate::run(&args)?),

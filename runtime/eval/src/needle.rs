@@ -1,8 +1,8 @@
 //! Needle retrieval: one sentence with a key at a depth of unrelated text, a question at the end.
 //!
 //! Records and their layout are [`NeedleRecord`]'s. Scored under teacher forcing (each token of the answer given the true
-//! ones before): the share of the answer's tokens that are the most likely ones, and the share of answers that are right as a whole, which is greedy
-//! generation's exact match.
+//! ones before): the share of the answer's tokens that are the most likely ones, and the share of answers that are right as
+//! a whole, which is greedy generation's exact match.
 
 use std::collections::BTreeMap;
 
