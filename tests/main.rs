@@ -5,5 +5,6 @@ mod embed;
 mod faults;
 mod golden;
 mod hooks;
+mod pipelines;
 mod serve;
 mod tidy;
