@@ -344,3 +344,73 @@ fn hooks_are_loaded_before_anything_runs() {
         assert!(parts.iter().all(|part| report.contains(part)), "{parts:?} in\n{report}");
     }
 }
+
+/// Damaged texts: every one is a pipeline or a report that can be drawn, never a panic.
+#[test]
+fn damaged_pipelines_never_panic() {
+    const PIECES: [&str; 24] = [
+        "{",
+        "}",
+        "[",
+        "]",
+        ": ",
+        "- ",
+        "\n",
+        "\n  ",
+        "\t",
+        "&a ",
+        "*a",
+        "<<: *a",
+        "${",
+        "${params.until}",
+        "${env.PATH}",
+        "\"",
+        "'",
+        "#",
+        "é",
+        "\u{feff}",
+        "!!str ",
+        "---\n",
+        "| \n",
+        "0x",
+    ];
+    let engine = Engine::builder().stages(stages::ALL).build();
+    let hooked = format!("{PIPELINE}hooks:\n  h: {{ wasm: x, world: reward }}\nx-a: &a {{ until: 3 }}\n");
+    let mut rng = dsv3_core::Rng::new(3).key("fuzz");
+    for round in 0..3000 {
+        let mut text: Vec<char> = hooked.chars().collect();
+        for _ in 0..=rng.below(4) {
+            let at = rng.below(text.len() as u64 + 1) as usize;
+            let until = (at + rng.below(9) as usize).min(text.len());
+            let piece = PIECES[rng.below(PIECES.len() as u64) as usize].chars();
+            match rng.below(3) {
+                0 => drop(text.splice(at..at, piece)),
+                1 => drop(text.splice(at..until, piece)),
+                _ => drop(text.splice(at..until, [])),
+            }
+        }
+        let text: String = text.into_iter().collect();
+        let sets = ["until=2", "stages.a.config={until: [1", "stages.b=", "params=3"];
+        let sets = sets.iter().take((round % 5) as usize).map(|set| (*set).to_owned()).collect();
+        let options = LoadOptions { sets, ..LoadOptions::default() };
+        if let Err(report) = engine.load_text("f.yaml", &text, Path::new("/nowhere"), &options) {
+            assert!(report.to_string().contains("error: ") && !report.to_json().is_empty(), "{text}");
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn two_runs_at_once_share_the_work() {
+    let fixture = Fixture::new();
+    let plan = fixture.plan(PIPELINE, &[]).await;
+    let other = Engine::builder().stages(stages::ALL).store(fixture.store.clone()).build();
+    let options = fixture.options();
+    let (first, second) = tokio::join!(fixture.engine.run(&plan, &options), other.run(&plan, &options));
+    let (first, second) = (first.unwrap(), second.unwrap());
+    for (a, b) in first.stages.iter().zip(&second.stages) {
+        let mut both = [&a.outcome, &b.outcome];
+        both.sort_by_key(|outcome| format!("{outcome:?}"));
+        assert_eq!(both, [&Outcome::Cached, &Outcome::Done], "{}", a.stage);
+        assert_eq!(a.result, b.result);
+    }
+}
