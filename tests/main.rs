@@ -8,3 +8,4 @@ mod hooks;
 mod pipelines;
 mod serve;
 mod tidy;
+mod tiny;

@@ -42,7 +42,8 @@ pub enum State {
     Unread,
     /// Its key is known once this stage has finished.
     Waits {
-        /// The stage it waits for.
+        /// The stage it waits for. Beside the stage's own name in one JSON object, so it has another name there.
+        #[serde(rename = "waits_for")]
         stage: String,
     },
 }
