@@ -165,7 +165,7 @@ pub(crate) fn close(ctx: &Ctx, trainer: &Trainer) -> Result<(), Error> {
             ctx.set_metric("load_max_mean_late", figure.late_mean());
         }
     }
-    let records = serde_json::to_value(&state.guard.lineage().collect::<Vec<_>>())
+    let records = serde_json::to_value(state.guard.lineage().collect::<Vec<_>>())
         .map_err(|source| Error::internal("the guard's records cannot be written").source(source))?;
     if records.as_array().is_some_and(|list| !list.is_empty()) {
         ctx.record_lineage("guard", records);
