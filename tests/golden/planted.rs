@@ -23,9 +23,9 @@ fn plant(path: &Path, prefix: &str) -> String {
         _ => 0.0,
     };
     // The last of equals: a token at the end, not one of the prompt.
-    let values = view.data().chunks(size).map(magnitude).enumerate();
+    let mut values = view.data().chunks(size).map(magnitude).enumerate();
     let (at, value) = match view.dtype() {
-        Dtype::I64 => values.last().expect("a record has values"),
+        Dtype::I64 => values.next_back().expect("a record has values"),
         _ => values.max_by(|a, b| a.1.total_cmp(&b.1)).expect("a record has values"),
     };
     let wrong = match view.dtype() {

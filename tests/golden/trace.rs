@@ -165,7 +165,7 @@ fn compare_masters(
         }
     }
     let share = (off / travelled).sqrt();
-    if !(share <= DISTANCE_LIMIT) {
+    if share.is_nan() || share > DISTANCE_LIMIT {
         faults.push(format!("{prefix}*: off by {share:.3e} of the distance travelled, allowed {DISTANCE_LIMIT:.1e}"));
     }
 }
