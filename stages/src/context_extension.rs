@@ -103,8 +103,7 @@ impl Stage for ContextExtension {
         for (i, phase) in config.phases.iter().enumerate() {
             let at = format!("config.phases.{i}");
             phase.length.check(&format!("{at}.length"), problems);
-            let horizon = phase.length.horizon(phase.sequence_tokens as u64);
-            training::check_schedules(&phase.schedules, horizon, &format!("{at}.schedules"), problems);
+            training::check_schedules(&phase.schedules, phase.length, &format!("{at}.schedules"), problems);
             if phase.sequence_tokens == 0 || phase.sequence_tokens > config.max_position_embeddings {
                 let (asked, most) = (phase.sequence_tokens, config.max_position_embeddings);
                 let message = format!("{asked} does not lie between 1 and max_position_embeddings of {most}");
@@ -112,8 +111,9 @@ impl Stage for ContextExtension {
             }
         }
         if let Some(model) = extended(config, inputs) {
-            for problem in model.check() {
-                problems.push("config.rope_scaling", format!("{}: {}", problem.field, problem.message), "");
+            // The rest is the model's own, and its positions were held against YaRN above.
+            for problem in model.check().into_iter().filter(|problem| problem.field.starts_with("rope_scaling")) {
+                problems.push(format!("config.{}", problem.field), problem.message, "");
             }
             facts::check_vocabulary(inputs, "tokens", model.vocab_size, "inputs.tokens", problems);
         }

@@ -66,7 +66,15 @@ impl Stage for Distill {
         facts::check_model_folder(inputs, "teacher", problems);
         if inputs.has("teacher") {
             facts::check_template(inputs, "teacher", config.chat_template.as_deref(), problems);
+            facts::check_new_tokens(
+                inputs,
+                "teacher",
+                config.samples.tokens_max,
+                "config.samples.tokens_max",
+                problems,
+            );
         }
+        facts::check_reward(inputs, config.rules.len(), problems);
         if config.samples.tries == 0 {
             problems.push("config.samples.tries", "0 tries accept no trace", "");
         }
@@ -76,10 +84,6 @@ impl Stage for Distill {
         let paths: Vec<PathBuf> = ctx.local_files(&inputs.traces)?.into_iter().map(|(_, path)| path).collect();
         let problems = read_traces(&paths)?;
         let hook = ctx.hook("reward").cloned();
-        if hook.is_none() && config.rules.is_empty() {
-            let error = Error::invalid("nothing judges the traces: there is no reward hook and no rule");
-            return Err(error.help("set hooks.reward or config.rules of the stage"));
-        }
         let scorer = Rewards { rules: config.rules, hook: hook.as_deref() };
         let folder = inputs.teacher.as_ref().map(|teacher| ModelFolder::open(ctx, teacher, LoadPrecision::Own, false));
         let folder = folder.transpose()?;

@@ -132,8 +132,14 @@ impl Stage for Evaluate {
                 let help = format!("the inputs have {}", files.join(", "));
                 problems.push(format!("config.tasks.{i}.file"), format!("no input is called `{}`", task.file), help);
             }
-            if matches!(task.score, Kind::Exact { .. }) {
-                facts::check_template(inputs, "model", config.chat_template.as_deref(), problems);
+            if let Kind::Exact { tokens_max, .. } = &task.score {
+                let at = format!("config.tasks.{i}.score.tokens_max");
+                facts::check_new_tokens(inputs, "model", *tokens_max, &at, problems);
+            }
+        }
+        if config.tasks.iter().any(|task| matches!(task.score, Kind::Exact { .. })) {
+            for port in ["model", "baseline"] {
+                facts::check_template(inputs, port, config.chat_template.as_deref(), problems);
             }
         }
     }
@@ -203,6 +209,7 @@ impl Subject {
         let paths = [path.to_owned()];
         if matches!(task.score, Kind::Needle {}) {
             let report = needles::find(model, tokenizer, &paths, ctx.cancel())?;
+            some(report.lengths().count(), task)?;
             return Ok(Scored { figures: needles::figures(&report), counts: json!(report) });
         }
         let records = read_benchmark(&paths)?;
@@ -212,6 +219,7 @@ impl Subject {
             Kind::Choice { form } => {
                 let mut items = dsv3_eval::choice_items(tokenizer, &records, form, ctx.seed())?;
                 draw(&mut items, task, ctx.seed());
+                some(items.len(), task)?;
                 let (report, _) = dsv3_eval::choose(model, &items, ctx.cancel())?;
                 let figures =
                     vec![("accuracy".to_owned(), report.accuracy()), ("chance".to_owned(), report.chance_accuracy())];
@@ -219,6 +227,7 @@ impl Subject {
             }
             Kind::Code {} => {
                 let report = dsv3_eval::score_code(model, tokenizer, &records, ctx.cancel())?;
+                some(report.items as usize, task)?;
                 let figures = vec![("logprob_mean".to_owned(), report.logprob_mean())];
                 Ok(Scored { figures, counts: json!(report) })
             }
@@ -237,6 +246,7 @@ impl Subject {
         let mut items: Vec<ExactItem> = dsv3_eval::chat_items(&self.template, tokenizer, system.as_deref(), questions)?;
         items.retain(|item| prompt_tokens_max.is_none_or(|most| item.prompt.len() < most));
         draw(&mut items, task, ctx.seed());
+        some(items.len(), task)?;
         let eos = tokenizer.specials().eos.or(self.folder.model.config.eos_token_id);
         let options = ExactOptions {
             max_tokens: *tokens_max,
@@ -255,6 +265,15 @@ impl Subject {
         let shown: Vec<_> = answers.iter().take(8).collect();
         Ok(Scored { figures, counts: json!({ "counts": report, "first_answers": shown }) })
     }
+}
+
+/// Refuses a task without items: its figures would be shares of nothing.
+fn some(items: usize, task: &Task) -> Result<(), Error> {
+    if items > 0 {
+        return Ok(());
+    }
+    Err(Error::data(format!("task {}: {} holds no question that it can ask", task.name, task.file))
+        .help("check the columns of the file, the kind of the task and prompt_tokens_max"))
 }
 
 /// Keeps `questions_max` items, drawn by `seed`, in their order.

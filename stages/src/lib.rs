@@ -26,3 +26,6 @@ pub const ALL: &[StageEntry] = &[
     StageEntry::of::<export::Export>(),
     StageEntry::of::<serve::Serve>(),
 ];
+
+#[cfg(test)]
+mod tests;

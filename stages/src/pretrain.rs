@@ -81,8 +81,7 @@ impl Stage for Pretrain {
         }
         config.length.check("config.length", problems);
         config.training.check("config.training", problems);
-        let horizon = config.length.horizon(config.model.max_position_embeddings as u64);
-        training::check_schedules(&config.schedules, horizon, "config.schedules", problems);
+        training::check_schedules(&config.schedules, config.length, "config.schedules", problems);
         for port in ["tokens", "tokenizer", "validation"] {
             facts::check_vocabulary(inputs, port, config.model.vocab_size, "config.model.vocab_size", problems);
         }

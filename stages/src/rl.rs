@@ -77,6 +77,8 @@ impl Stage for Rl {
     fn check(config: &Config, inputs: &InputFacts, problems: &mut Problems) {
         facts::check_model_folder(inputs, "model", problems);
         facts::check_template(inputs, "model", config.chat_template.as_deref(), problems);
+        facts::check_reward(inputs, config.rules.len(), problems);
+        facts::check_new_tokens(inputs, "model", config.policy.tokens_max, "config.policy.tokens_max", problems);
         config.training.check("config.training", problems);
         if config.steps == 0 {
             problems.push("config.steps", "a run needs at least one step", "");
@@ -93,10 +95,6 @@ impl Stage for Rl {
 
     fn run(config: Config, inputs: Inputs, ctx: &mut Ctx) -> Result<Outputs, Error> {
         let hook = ctx.hook("reward").cloned();
-        if hook.is_none() && config.rules.is_empty() {
-            let error = Error::invalid("nothing rewards the completions: there is no reward hook and no rule");
-            return Err(error.help("set hooks.reward or config.rules of the stage"));
-        }
         let folder = ModelFolder::open_trainable(ctx, &inputs.model, config.training.precision)?;
         let template = folder.template_or(config.chat_template.as_deref())?;
         let paths: Vec<PathBuf> = ctx.local_files(&inputs.prompts)?.into_iter().map(|(_, path)| path).collect();

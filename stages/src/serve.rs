@@ -14,7 +14,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use crate::shared::facts;
+use crate::shared::{facts, folder};
 
 /// Options of `serve`.
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
@@ -71,6 +71,7 @@ impl Stage for Serve {
 
     fn check(config: &Config, inputs: &InputFacts, problems: &mut Problems) {
         facts::check_model_folder(inputs, "model", problems);
+        facts::check_new_tokens(inputs, "model", config.tokens_max, "config.tokens_max", problems);
         if config.tokens_max == 0 {
             problems.push("config.tokens_max", "an answer needs at least one token", "");
         }
@@ -79,7 +80,7 @@ impl Stage for Serve {
     fn run(config: Config, inputs: Inputs, ctx: &mut Ctx) -> Result<Outputs, Error> {
         let dir = ctx.local_dir(&inputs.model)?;
         let loaded = dsv3_model::load(&dir, LoadPrecision::Own, false)?;
-        loaded.warnings.iter().for_each(|warning| ctx.log_warn(warning));
+        folder::warn(ctx, &dir, &loaded.warnings);
         let model = Arc::new(loaded.model);
         let served = Served {
             model_id: ctx.stage().to_owned(),

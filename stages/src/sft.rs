@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 use crate::shared::{
     facts,
     folder::ModelFolder,
-    training::{self, TrainingOptions},
+    training::{self, Length, TrainingOptions},
 };
 
 /// Options of `sft`.
@@ -76,7 +76,18 @@ impl Stage for Sft {
         facts::check_model_folder(inputs, "model", problems);
         facts::check_template(inputs, "model", config.chat_template.as_deref(), problems);
         config.training.check("config.training", problems);
-        training::check_schedules(&config.schedules, Horizon::Steps(1 << 20), "config.schedules", problems);
+        training::check_schedules(&config.schedules, Length::Steps(1 << 20), "config.schedules", problems);
+        if config.schedules.batch.ramp.is_some() {
+            let message = "the length of the run is counted in batches of one size";
+            problems.push("config.schedules.batch.ramp", message, "leave the ramp out");
+        }
+        let positions = facts::model_config(inputs, "model").map(|model| model.max_position_embeddings);
+        if let (Some(asked), Some(most)) = (config.tokens_max, positions)
+            && asked > most
+        {
+            let message = format!("{asked} exceeds the model's max_position_embeddings of {most}");
+            problems.push("config.tokens_max", message, "");
+        }
         if config.epochs == 0 {
             problems.push("config.epochs", "0 passes train nothing", "");
         }

@@ -1,6 +1,6 @@
 //! What is known before anything runs: facts about inputs and outputs, and the problems a stage finds in them.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde_json::Value;
 
@@ -13,19 +13,32 @@ pub enum PortFacts {
     External(Vec<String>),
 }
 
-/// What is known of the inputs, by port.
+/// What is known of the inputs, by port, and which hook ports are filled.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub struct InputFacts(BTreeMap<String, Vec<PortFacts>>);
+pub struct InputFacts {
+    inputs: BTreeMap<String, Vec<PortFacts>>,
+    hooks: BTreeSet<String>,
+}
 
 impl InputFacts {
     /// Adds an artifact to a port.
     pub fn push(&mut self, port: &str, facts: PortFacts) {
-        self.0.entry(port.to_owned()).or_default().push(facts);
+        self.inputs.entry(port.to_owned()).or_default().push(facts);
+    }
+
+    /// Says that the pipeline gives the stage a hook at this port.
+    pub fn push_hook(&mut self, port: &str) {
+        self.hooks.insert(port.to_owned());
+    }
+
+    /// Whether the pipeline gives the stage a hook at this port.
+    pub fn has_hook(&self, port: &str) -> bool {
+        self.hooks.contains(port)
     }
 
     /// All artifacts of a port.
     pub fn all(&self, port: &str) -> &[PortFacts] {
-        self.0.get(port).map_or(&[], Vec::as_slice)
+        self.inputs.get(port).map_or(&[], Vec::as_slice)
     }
 
     /// Whether the port is connected.

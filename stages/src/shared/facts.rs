@@ -93,6 +93,22 @@ pub(crate) fn check_vocabulary(facts: &InputFacts, port: &str, rows: usize, at: 
     }
 }
 
+/// Checks that `tokens` new tokens leave room for a prompt in the context of the model at `port`, if that is known.
+pub(crate) fn check_new_tokens(facts: &InputFacts, port: &str, tokens: usize, at: &str, problems: &mut Problems) {
+    let Some(most) = model_config(facts, port).map(|model| model.max_position_embeddings) else { return };
+    if tokens >= most {
+        let message = format!("{tokens} new tokens leave no room for a prompt in the model's {most} positions");
+        problems.push(at, message, format!("set it below {most}, less the longest prompt"));
+    }
+}
+
+/// Checks that something rewards: a hook at `reward`, or a rule.
+pub(crate) fn check_reward(facts: &InputFacts, rules: usize, problems: &mut Problems) {
+    if rules == 0 && !facts.has_hook("reward") {
+        problems.push("config.rules", "there is no rule and no reward hook", "set hooks.reward or config.rules");
+    }
+}
+
 /// Names of the external files of one artifact.
 pub(crate) fn file_names(facts: &PortFacts) -> Vec<&str> {
     match facts {

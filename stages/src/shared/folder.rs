@@ -39,9 +39,7 @@ impl ModelFolder {
     ) -> Result<Self, Error> {
         let dir = ctx.local_dir(artifact)?;
         let loaded = dsv3_model::load(&dir, precision, trainable)?;
-        for warning in &loaded.warnings {
-            ctx.log_warn(warning);
-        }
+        warn(ctx, &dir, &loaded.warnings);
         let tokenizer = Tokenizer::from_folder(&dir)?;
         let template = ChatTemplate::from_folder(&dir)?;
         let carried = TOKENIZER_FILES.iter().filter_map(|name| read_optional(&dir, name)).collect::<Result<_, _>>()?;
@@ -87,6 +85,12 @@ impl ModelFolder {
         files.push(("tokenizer_config.json".to_owned(), with_template(old.as_deref(), &self.tokenizer, template)?));
         publish(ctx, model, format, &files)
     }
+}
+
+/// Logs what the loader warns of. The folder is a layout of links of ours, whose path says nothing to a reader.
+pub(crate) fn warn(ctx: &Ctx, dir: &Path, warnings: &[String]) {
+    let here = format!("{}: ", dir.display());
+    warnings.iter().for_each(|warning| ctx.log_warn(warning.replacen(&here, "", 1)));
 }
 
 fn read_optional(dir: &Path, name: &str) -> Option<Result<(String, Vec<u8>), Error>> {

@@ -120,9 +120,15 @@ impl TrainingOptions {
     }
 }
 
-/// Problems of schedules for a run of length `horizon`.
-pub(crate) fn check_schedules(schedules: &Schedules, horizon: Horizon, at: &str, problems: &mut Problems) {
-    for problem in schedules.check(horizon) {
+/// Problems of schedules for a run of this length. How many tokens an epoch has is not known yet: what is wrong must be
+/// wrong for a short and for a long one.
+pub(crate) fn check_schedules(schedules: &Schedules, length: Length, at: &str, problems: &mut Problems) {
+    let mut found = schedules.check(length.horizon(1));
+    if matches!(length, Length::Epochs(_)) {
+        let long = schedules.check(Horizon::Tokens(u64::MAX >> 8));
+        found.retain(|problem| long.contains(problem));
+    }
+    for problem in found {
         problems.push(format!("{at}.{}", problem.path), problem.message, "");
     }
 }

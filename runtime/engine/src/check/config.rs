@@ -32,7 +32,8 @@ pub(super) fn check(
         if !order.contains(&i) {
             continue;
         }
-        let facts = input_facts(&connected, &known);
+        let mut facts = input_facts(&connected, &known);
+        stage.hooks.iter().for_each(|(port, _)| facts.push_hook(&port.text));
         let mut problems = Problems::default();
         if complete(&entry, &connected) {
             entry.check(&config, &facts, &mut problems);

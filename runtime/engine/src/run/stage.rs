@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, path::PathBuf, sync::Arc, time::Duration};
 
-use dsv3_core::{ArtifactRef, Cancel, Error, Event, Outcome, canonical_json, json_digest};
+use dsv3_core::{ArtifactRef, Cancel, Error, ErrorKind, Event, Outcome, canonical_json, json_digest};
 use dsv3_hooks::{Hook, World};
 use dsv3_stage::{Closing, Ctx, CtxParts, StageEntry};
 use dsv3_store::{Holder, Lease, OutputEntry, StageResult, nonce};
@@ -101,7 +101,7 @@ impl Run<'_> {
                 }
             }
         };
-        let outputs = outputs?;
+        let outputs = outputs.map_err(while_running)?;
         let (closing, last_seq) = (ctx.closing(), ctx.checkpoints().last_seq());
         self.commit(stage, entry, key, &outputs, closing, last_seq, broken).await
     }
@@ -240,6 +240,14 @@ impl Run<'_> {
         }
         Ok(committed)
     }
+}
+
+/// What a stage refuses once it runs was no longer to be seen from the pipeline: it is the data that does not fit.
+fn while_running(mut error: Error) -> Error {
+    if error.kind == ErrorKind::Invalid {
+        error.kind = ErrorKind::Data;
+    }
+    error
 }
 
 /// Folder of the numerics profiles under which a key has been run.
