@@ -6,6 +6,7 @@ use std::{
     process::Command,
 };
 
+use crate::tiny::{Place, file};
 use wit_component::{ComponentEncoder, StringEncoding, embed_component_metadata};
 
 fn root() -> &'static Path {
@@ -111,4 +112,69 @@ fn a_corrupt_parquet_file_is_named() {
         dir.write("bad.parquet", bytes);
         dir.fails_with(&["bad.parquet"]);
     }
+}
+
+/// The recipe's filter replaced by one that fails on documents that begin with `x`.
+fn fussy(place: &Place, more: &[&str]) -> crate::tiny::Ended {
+    let documents = (0..30).map(|i| match i {
+        7 | 20 => format!("{{\"text\": \"x marks document {i} of this corpus\"}}\n"),
+        _ => format!("{{\"text\": \"document {i} of this corpus is a good one\"}}\n"),
+    });
+    let documents =
+        format!("stages.corpus.inputs.documents={}", place.write("documents.jsonl", documents.collect::<String>()));
+    let hook = format!("hooks.quality.wasm={}", file("hooks/trap.wasm"));
+    place.run(&[&["--until", "corpus", "--set", &documents, "--set", &hook], more].concat())
+}
+
+#[test]
+fn a_policy_decides_about_the_failing_document_alone() {
+    let place = Place::new();
+    let failed = fussy(&place, &[]);
+    assert_eq!(failed.code, Some(65), "{}", failed.errors);
+    for part in ["documents.jsonl: line 8", "hook `quality`", "batch 0, item 7", "trapped", "on_error: drop"] {
+        assert!(failed.errors.contains(part), "{part} in\n{}", failed.errors);
+    }
+    let mut keys = vec![failed.key("corpus")];
+    for (policy, documents_out) in [("drop", 28.0), ("keep", 30.0)] {
+        let ended = fussy(&place, &["--set", &format!("hooks.quality.on_error={policy}")]);
+        assert_eq!(ended.code, Some(0), "{}", ended.errors);
+        let metrics = &ended.last()["metrics"];
+        assert_eq!(metrics["corpus.documents_out"]["value"], documents_out, "{policy}");
+        assert_eq!(metrics["corpus.filter_faults"]["value"], 2.0, "{policy}");
+        keys.push(ended.key("corpus"));
+    }
+    keys.sort();
+    keys.dedup();
+    assert_eq!(keys.len(), 3, "the policy is part of the stage's key");
+}
+
+#[test]
+fn a_reward_that_fails_names_the_completion_and_keeps_what_was_trained() {
+    let place = Place::new();
+    let trap = format!("hooks.bytes.wasm={}", file("hooks/reward_trap.wasm"));
+    let failed = place.run(&["--until", "rl", "--set", &trap]);
+    assert_eq!(failed.code, Some(65), "{}", failed.errors);
+    for part in ["stage `rl`: step 1", "hook `bytes`, batch 1, item 0", "trapped", "help: "] {
+        assert!(failed.errors.contains(part), "{part} in\n{}", failed.errors);
+    }
+    assert_eq!(failed.outcome("sft"), Some("done"));
+    // With the failure tolerated every reward is 0: a policy that learns nothing, and says so.
+    let ended = place.run(&["--until", "rl", "--set", &trap, "--set", "hooks.bytes.on_error=drop"]);
+    assert_eq!((ended.code, ended.outcome("sft")), (Some(0), Some("cached")), "{}", ended.errors);
+    assert_eq!(ended.last()["metrics"]["rl.reward_mean_last"]["value"], 0.0);
+}
+
+#[test]
+fn a_hook_of_another_world_is_refused_before_anything_runs() {
+    let place = Place::new();
+    for (hook, wasm) in [("bytes", file("hooks/trap.wasm")), ("quality", file("hooks/bytes.wasm"))] {
+        let failed = place.run(&["--set", &format!("hooks.{hook}.wasm={wasm}")]);
+        assert_eq!(failed.code, Some(64), "{}", failed.errors);
+        assert!(
+            failed.errors.contains(&format!("hook `{hook}`")) && failed.errors.contains("is expected"),
+            "{}",
+            failed.errors
+        );
+    }
+    assert!(!place.store().exists());
 }

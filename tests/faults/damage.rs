@@ -149,3 +149,35 @@ fn a_missing_input_is_found_before_anything_runs() {
     assert_eq!(last.code, Some(0), "{}", last.errors);
     assert_eq!(last.output("rl", "model"), undisturbed().1.output("rl", "model"));
 }
+
+/// What only the data can show is found by the running stage: exit 65, whatever the stage calls it.
+#[test]
+fn data_that_does_not_fit_is_named_by_its_stage() {
+    let place = Place::new();
+    place.done(&["--until", "sft"]);
+    let empty = place.write("empty.jsonl", "");
+    let broken =
+        place.write("broken.jsonl", "{\"prompt\": \"a\", \"answer\": \"1\"}\n{\"prompt\": \"b\", \"answer\":\n");
+    let wrong = place.write("wrong.jsonl", "{\"prompt\": \"a\", \"answer\": \"1\"}\n{\"prompt\": \"b\"}\n");
+    let prompts = |path: &str| format!("stages.rl.inputs.prompts={path}");
+    let cases = [
+        ("rl", prompts(&empty), "no prompt"),
+        ("rl", prompts(&broken), "broken.jsonl: line 2"),
+        ("rl", prompts(&wrong), "wrong.jsonl: line 2"),
+        ("rl", "stages.rl.config.policy.tokens_max=100".to_owned(), "exceed the context of 128"),
+        ("base", "stages.base.config.holdout_sequences=100000".to_owned(), "leaves none to train on"),
+        ("sft", "stages.sft.config.holdout=44".to_owned(), "leaves no conversation"),
+        ("sft", "stages.sft.config.tokens_max=10".to_owned(), "have more than 10 tokens"),
+    ];
+    for (stage, set, part) in cases {
+        let ended = place.run(&["--until", stage, "--set", &set]);
+        assert_eq!(ended.code, Some(65), "{set}\n{}", ended.errors);
+        assert!(ended.errors.contains(part) && ended.errors.contains(&format!("stage `{stage}`")), "{}", ended.errors);
+        assert_eq!(ended.outcome("corpus"), Some("cached"));
+    }
+    let nothing =
+        format!("stages.evaluation.inputs.data=[{empty}, {}, {}]", file("choices.jsonl"), file("needles.jsonl"));
+    let task = "stages.evaluation.config.tasks.0.file=empty.jsonl";
+    let ended = place.run(&["--until", "evaluation", "--set", &nothing, "--set", task]);
+    refuses(&ended, 65, &["stage `evaluation`", "task exact", "empty.jsonl"]);
+}
