@@ -287,7 +287,7 @@ fn traces(
         let record = &problems[*problem];
         let messages = [Message::system(config.system_prompt.as_str()), Message::user(record.problem.as_str())];
         let ids = template.encode_prompt(tokenizer, &messages);
-        let ids = ids.map_err(|source| Error::Encode { record: record.at.to_string(), source })?;
+        let ids = ids.map_err(|source| Error::Encode { record: record.at.to_string(), source: Box::new(source) })?;
         let noise = Rng::new(seed).key("distill").key("teacher").key(u64::from(round)).key(*problem).next_u64();
         let sampling = Sampling { temperature: config.temperature, top_p: 1.0, seed: noise };
         let stop_ids = tokenizer.specials().eos.into_iter().collect();

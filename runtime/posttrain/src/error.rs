@@ -12,7 +12,7 @@ pub enum Error {
         /// Its number in the data, from 0, with its place when it has one.
         record: String,
         /// Why.
-        source: dsv3_data::DataError,
+        source: Box<dsv3_data::DataError>,
     },
     /// No record is left to learn from.
     #[error("{what}")]
@@ -38,7 +38,7 @@ impl From<Error> for dsv3_core::Error {
     fn from(error: Error) -> Self {
         let message = error.to_string();
         match error {
-            Error::Encode { source, .. } => Self::from(source).context(message),
+            Error::Encode { source, .. } => Self::from(*source).context(message),
             Error::Empty { .. } => Self::data(message),
             Error::Reward { source } => source.context(message),
             Error::Generate { source: dsv3_infer::Error::Cancelled } => Self::cancelled(),

@@ -41,7 +41,7 @@ pub fn prompts(records: &[PromptRecord], template: &ChatTemplate, tokenizer: &To
         return Err(Error::Empty { what: "there is no prompt to learn from".to_owned() });
     }
     let prompt = |record: &PromptRecord| {
-        let located = |source| Error::Encode { record: record.at.to_string(), source };
+        let located = |source| Error::Encode { record: record.at.to_string(), source: Box::new(source) };
         let mut metadata = record.metadata.clone();
         if let Some(task) = &record.task {
             metadata.insert("task".to_owned(), task.as_str().into());

@@ -47,7 +47,7 @@ pub fn encode<'a>(
     let mut out = Examples::default();
     for (record, messages) in conversations {
         let example = template.encode_example(tokenizer, messages);
-        let example = example.map_err(|source| Error::Encode { record, source })?;
+        let example = example.map_err(|source| Error::Encode { record, source: Box::new(source) })?;
         if example.ids.len() > tokens_max {
             out.too_long += 1;
         } else if !example.assistant.iter().skip(1).any(|on| *on) {

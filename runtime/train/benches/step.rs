@@ -29,7 +29,7 @@ fn main() {
             let mut rng = Rng::new(1);
             let mut step = || -> f64 {
                 let tokens = (0..rows).map(|_| (0..=length).map(|_| rng.below(704) as u32).collect());
-                let micro: MicroBatch = Batch::from_rows(&tokens.collect::<Vec<Vec<u32>>>()).into();
+                let micro: MicroBatch = Batch::from_rows(tokens.collect::<Vec<Vec<u32>>>()).into();
                 let rates = Rates { lr: 1e-3, mtp_weight: 0.3, bias_speed: 0.01 };
                 trainer.train_step(&[micro], rates).expect("a step succeeds").total
             };
