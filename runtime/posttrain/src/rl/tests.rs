@@ -15,11 +15,17 @@ use dsv3_train::{
 use super::*;
 use crate::{error::Result, reward::Scored};
 
-/// Rewards completions that hold many letters `a`.
-struct Letters;
+/// Rewards completions that hold many letters `a`; asks the run to stop while it scores step `stop_at`.
+struct Letters {
+    stop_at: Option<u64>,
+    cancel: Cancel,
+}
 
 impl Scorer for Letters {
-    fn score(&self, _batch: u64, items: &[RewardItem<'_>]) -> Result<Vec<Scored>> {
+    fn score(&self, batch: u64, items: &[RewardItem<'_>]) -> Result<Vec<Scored>> {
+        if self.stop_at == Some(batch) {
+            self.cancel.cancel();
+        }
         let score = |item: &RewardItem<'_>| item.completion.matches('a').count() as f64;
         Ok(items.iter().map(|item| Scored { total: score(item), parts: vec![("a".to_owned(), score(item))] }).collect())
     }
@@ -88,15 +94,16 @@ fn config() -> RlConfig {
     }
 }
 
-/// Runs to `steps`, on whatever checkpoint is there.
-fn run(memory: &Memory, steps: u64) -> Trainer {
+/// Runs 24 steps on from whatever checkpoint is there, or until it is stopped.
+fn run(memory: &Memory, stop_at: Option<u64>) -> Trainer {
     let tokenizer = tokenizer();
     let start = model(tokenizer.vocab_size());
     let cancel = Cancel::new();
+    let scorer = Letters { stop_at, cancel: cancel.clone() };
     let mut work = Rl {
         config: config(),
         prompts: rollout::prompts(&records(), &ChatTemplate::default(), &tokenizer).unwrap(),
-        scorer: &Letters,
+        scorer: &scorer,
         tokenizer: &tokenizer,
         reference: start.clone(),
         seed: 11,
@@ -111,15 +118,16 @@ fn run(memory: &Memory, steps: u64) -> Trainer {
     let options = RunOptions {
         checkpoint: CheckpointEvery { steps: Some(2), minutes: None },
         guard: GuardConfig::finite_only(),
-        ..RunOptions::new(Horizon::Steps(steps))
+        ..RunOptions::new(Horizon::Steps(24))
     };
-    run_training(&mut trainer, &mut work, &host, &options).unwrap();
+    let ended = run_training(&mut trainer, &mut work, &host, &options);
+    assert_eq!(ended.is_ok(), stop_at.is_none(), "{ended:?}");
     trainer
 }
 
 #[test]
 fn rewards_rise_and_an_interruption_leaves_no_trace() {
-    let whole = run(&Memory::default(), 24);
+    let whole = run(&Memory::default(), None);
     let figures = &whole.state.figures;
     let reward = figures.get("reward_mean").unwrap();
     assert!(reward.late_mean() > reward.first + 0.5, "{reward:?}");
@@ -128,8 +136,8 @@ fn rewards_rise_and_an_interruption_leaves_no_trace() {
     assert_eq!(figures.get("reward.a"), figures.get("reward_mean"));
 
     let memory = Memory::default();
-    run(&memory, 9);
-    let resumed = run(&memory, 24);
+    assert_eq!(run(&memory, Some(9)).state.step, 9);
+    let resumed = run(&memory, None);
     let (a, b) = (whole.snapshot().unwrap(), resumed.snapshot().unwrap());
     assert_eq!(a.state, b.state);
     assert!(a.files == b.files, "weights differ");
