@@ -31,8 +31,11 @@ impl Scorer for Letters {
     }
 }
 
+type Saved = (dsv3_store::Checkpoint, BTreeMap<String, Vec<u8>>);
+
+/// Holds the newest checkpoint.
 #[derive(Default)]
-struct Memory(RefCell<Option<(dsv3_store::Checkpoint, BTreeMap<String, Vec<u8>>)>>);
+struct Memory(RefCell<Option<Saved>>);
 
 impl CheckpointStore for Memory {
     fn latest(&self) -> Result<Option<dsv3_store::Checkpoint>, CoreError> {
