@@ -53,7 +53,7 @@ impl Screen {
     fn new(terminal: bool) -> Self {
         let bar = terminal.then(|| {
             let bar = ProgressBar::new(0);
-            if let Ok(style) = ProgressStyle::with_template("{prefix:16} [{bar:28}] {msg}") {
+            if let Ok(style) = ProgressStyle::with_template("{prefix:16} [{bar:28}] {wide_msg}") {
                 bar.set_style(style.progress_chars("=> "));
             }
             bar
