@@ -241,7 +241,12 @@ fn read_fp8(folder: &Folder, info: &ParamInfo, entries: &[(String, &Entry)]) -> 
     let wanted = scale_shape(info.tensor_shape());
     for (name, entry) in entries {
         codes.extend_from_slice(folder.bytes(entry));
-        folder.append_f32(folder.expect(&scale_name(name), &wanted)?, &mut scales);
+        let (scale_name, first) = (scale_name(name), scales.len());
+        folder.append_f32(folder.expect(&scale_name, &wanted)?, &mut scales);
+        if let Some(block) = scales[first..].iter().position(|scale| !scale.is_finite() || *scale < 0.0) {
+            let what = format!("{scale_name}: block {block} has the scale {}", scales[first + block]);
+            return Err(Error::File { path: folder.path.clone(), what });
+        }
     }
     let mut shape = wanted;
     if info.is_stacked() {

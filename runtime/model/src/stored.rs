@@ -3,9 +3,9 @@
 //! File layout: u64 header length n, n bytes of JSON `{name: {dtype, shape, data_offsets: [begin, end]}}`, then the data.
 //! Several files are joined by `model.safetensors.index.json` with `weight_map: {name: file}`.
 //!
-//! **Invariant**: after [`Folder::open`] every entry lies inside its file and has as many bytes as its shape and type
-//! say, so reading cannot fail or panic whatever the file holds. (A file that somebody shortens while it is mapped is
-//! beyond this: the operating system then stops the process.)
+//! **Invariant**: after [`Folder::open`] every entry lies inside its file, shares no byte with another, and has as many
+//! bytes as its shape and type say, so reading cannot fail or panic whatever the file holds. (A file that somebody
+//! shortens while it is mapped is beyond this: the operating system then stops the process.)
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
@@ -113,6 +113,7 @@ impl Folder {
         let damaged = |what: String| Error::File { path: path.to_owned(), what };
         let (header, data_start) = header(&map).map_err(damaged)?;
         let file = self.maps.len();
+        let mut places = Vec::new();
         for (name, value) in header {
             if name == "__metadata__" || !wanted(&name) {
                 continue;
@@ -130,7 +131,14 @@ impl Folder {
             }
             let (begin, end) = (data_start + from, data_start + to);
             let type_name = fields.dtype;
+            if from < to {
+                places.push((begin, end, name.clone()));
+            }
             self.entries.insert(name, Entry { stored, type_name, shape: fields.shape, file, begin, end });
+        }
+        places.sort_unstable();
+        if let Some(pair) = places.windows(2).find(|pair| pair[1].0 < pair[0].1) {
+            return Err(damaged(format!("{:?} and {:?} share bytes", pair[0].2, pair[1].2)));
         }
         self.maps.push(map);
         Ok(())
