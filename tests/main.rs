@@ -6,6 +6,7 @@ mod faults;
 mod golden;
 mod hooks;
 mod pipelines;
+mod proof;
 mod serve;
 mod tidy;
 mod tiny;
