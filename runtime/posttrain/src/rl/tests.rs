@@ -99,32 +99,36 @@ fn config() -> RlConfig {
 
 /// Runs 24 steps on from whatever checkpoint is there, or until it is stopped.
 fn run(memory: &Memory, stop_at: Option<u64>) -> Trainer {
-    let tokenizer = tokenizer();
-    let start = model(tokenizer.vocab_size());
     let cancel = Cancel::new();
     let scorer = Letters { stop_at, cancel: cancel.clone() };
+    run_with(config(), &scorer, &cancel, memory, stop_at.is_none())
+}
+
+fn run_with(config: RlConfig, scorer: &dyn Scorer, cancel: &Cancel, memory: &Memory, ends_well: bool) -> Trainer {
+    let tokenizer = tokenizer();
+    let start = model(tokenizer.vocab_size());
     let mut work = Rl {
-        config: config(),
+        config,
         prompts: rollout::prompts(&records(), &ChatTemplate::default(), &tokenizer).unwrap(),
-        scorer: &scorer,
+        scorer,
         tokenizer: &tokenizer,
         reference: start.clone(),
         seed: 11,
-        cancel: &cancel,
+        cancel,
         probe: None,
     };
     let adamw = AdamWConfig { weight_decay: 0.0, ..AdamWConfig::default() };
     let mut trainer = Trainer::new(start, TrainerConfig { adamw, ..TrainerConfig::default() }).unwrap();
     let events = Events::none();
     let clock = VirtualClock::default();
-    let host = TrainHost { stage: "rl", events: &events, cancel: &cancel, clock: &clock, checkpoints: memory };
+    let host = TrainHost { stage: "rl", events: &events, cancel, clock: &clock, checkpoints: memory };
     let options = RunOptions {
         checkpoint: CheckpointEvery { steps: Some(2), minutes: None },
         guard: GuardConfig::finite_only(),
         ..RunOptions::new(Horizon::Steps(24))
     };
     let ended = run_training(&mut trainer, &mut work, &host, &options);
-    assert_eq!(ended.is_ok(), stop_at.is_none(), "{ended:?}");
+    assert_eq!(ended.is_ok(), ends_well, "{ended:?}");
     trainer
 }
 
@@ -144,6 +148,44 @@ fn rewards_rise_and_an_interruption_leaves_no_trace() {
     let (a, b) = (whole.snapshot().unwrap(), resumed.snapshot().unwrap());
     assert_eq!(a.state, b.state);
     assert!(a.files == b.files, "weights differ");
+}
+
+/// Gives every completion the same reward and notes what it is asked: number of the batch, prompts of its items.
+struct Constant {
+    reward: f64,
+    asked: RefCell<Vec<(u64, Vec<String>)>>,
+}
+
+impl Scorer for Constant {
+    fn score(&self, batch: u64, items: &[RewardItem<'_>]) -> Result<Vec<Scored>> {
+        self.asked.borrow_mut().push((batch, items.iter().map(|item| item.prompt.to_owned()).collect()));
+        Ok(vec![Scored { total: self.reward, parts: Vec::new() }; items.len()])
+    }
+}
+
+#[test]
+fn every_completion_is_scored_once_and_equal_rewards_teach_nothing() {
+    for (reward, beta) in [(0.7, 0.0), (0.0, 0.0), (1e9 / 3.0, 0.0), (-0.1, 0.0), (0.7, 0.5)] {
+        let objective = dsv3_train::grpo::GrpoConfig { kl_beta: beta, ..Default::default() };
+        let scorer = Constant { reward, asked: RefCell::default() };
+        let config = RlConfig { objective, ..config() };
+        let trainer = run_with(config.clone(), &scorer, &Cancel::new(), &Memory::default(), true);
+        let asked = scorer.asked.into_inner();
+        let batches: Vec<u64> = asked.iter().map(|(batch, _)| *batch).collect();
+        assert_eq!(batches, (1..=24).collect::<Vec<u64>>(), "one batch a step");
+        for (_, prompts) in &asked {
+            assert_eq!(prompts.len(), config.prompts_per_step * config.group, "as many items as completions");
+            let mut groups = prompts.chunks(config.group);
+            assert!(groups.all(|group| group.iter().all(|prompt| *prompt == group[0])));
+        }
+        let before = model(tokenizer().vocab_size());
+        let bits = |model: &Model| -> Vec<u32> {
+            let masters = model.params().iter().filter_map(|param| param.master.as_ref());
+            masters.flat_map(|master| master.as_f32().iter().map(|value| value.to_bits())).collect()
+        };
+        assert_eq!(trainer.model.biases(), before.biases());
+        assert!(bits(&trainer.model) == bits(&before), "reward {reward}, beta {beta}: a weight has changed");
+    }
 }
 
 #[test]
