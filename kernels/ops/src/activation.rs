@@ -19,6 +19,16 @@ pub(crate) enum Saved {
     Fp8(Fp8),
 }
 
+impl Saved {
+    /// Bytes kept, scales included.
+    pub(crate) fn bytes(&self) -> usize {
+        match self {
+            Self::F32(x) | Self::Bf16(x) => x.bytes(),
+            Self::Fp8(x) => x.bytes(),
+        }
+    }
+}
+
 const CHUNK: usize = 1 << 14;
 
 /// Works on `CHUNK` elements at a time of `values` and what lies beside them, on several threads when there are several.

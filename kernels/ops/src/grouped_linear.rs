@@ -114,6 +114,10 @@ impl Back for Backward {
         grads.add(x, Tensor::f32(&shape, dx));
         Some(Job::new(move |weights| weight_gradients(&saved, &offsets, arrived, weights)))
     }
+
+    fn saved_input_bytes(&self) -> usize {
+        self.saved.bytes()
+    }
 }
 
 /// dw[e] += dyᵀ[e]·x[e] for every weight; the sum runs over tokens in order.

@@ -131,6 +131,12 @@ pub trait Back: Send {
     /// Takes the gradients of the op's outputs, adds those of its inputs, and returns the weight half, if any.
     /// An op whose outputs received no gradient returns `None` and adds nothing.
     fn inputs(self: Box<Self>, grads: &mut Grads) -> Option<Job>;
+
+    /// Bytes a linear layer keeps of its input for the weight gradient; 0 for every other op.
+    #[doc(hidden)]
+    fn saved_input_bytes(&self) -> usize {
+        0
+    }
 }
 
 /// What was run, so that it can be run backwards.
@@ -156,6 +162,12 @@ impl Tape {
     /// A tape that records nothing: the same model code, for inference and validation.
     pub fn inference() -> Self {
         Self { recording: false, ..Self::new() }
+    }
+
+    /// Bytes that the linear layers recorded so far keep of their inputs; an input that two layers share counts once.
+    #[doc(hidden)]
+    pub fn saved_input_bytes(&self) -> usize {
+        self.steps.iter().map(|step| step.saved_input_bytes()).sum()
     }
 
     /// Whether ops should save anything for a backward pass.

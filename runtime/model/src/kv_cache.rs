@@ -93,6 +93,15 @@ impl LatentCache {
         (config.kv_lora_rank + config.qk_rope_head_dim) * layers * size
     }
 
+    /// Bytes of all pages in all layers, as allocated.
+    pub fn bytes(&self) -> usize {
+        let bytes = |rows: &Rows| match rows {
+            Rows::F32(data) => size_of_val(&data[..]),
+            Rows::Bf16(data) => size_of_val(&data[..]),
+        };
+        self.layers.iter().map(bytes).sum()
+    }
+
     /// A new, empty sequence; takes no page yet.
     pub fn start(&mut self) -> SeqId {
         self.insert(Sequence { pages: Vec::new(), len: 0, mtp_lens: vec![0; self.modules] })
