@@ -7,7 +7,7 @@
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
-use crate::{Error, ModelConfig, Problem};
+use crate::{Error, ModelConfig, Problem, RopeScaling};
 
 /// `quantization_config` of block-scaled FP8 weights.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -107,6 +107,11 @@ impl HfConfig {
             }
         }
         take_rope(&mut fields, &mut kept, &mut problems);
+        let wrong = wrong_types(&kept);
+        if !wrong.is_empty() {
+            problems.extend(wrong);
+            return Err(Error::Config { problems });
+        }
         let model: ModelConfig =
             serde_json::from_value(Value::Object(kept)).map_err(|source| Error::Json { source })?;
         problems.extend(model.check());
@@ -171,6 +176,20 @@ impl ModelConfig {
     }
 }
 
+/// Fields whose value has another type than the model's, each read alone: only then is its name known.
+fn wrong_types(kept: &Map<String, Value>) -> Vec<Problem> {
+    let alone = |field: &'static str| {
+        let value = kept.get(field)?.clone();
+        let error = serde_json::from_value::<ModelConfig>(Value::Object(Map::from_iter([(field.to_owned(), value)])));
+        // What can be read is followed by the lack of some other field.
+        let message = error.err()?.to_string();
+        (!message.starts_with("missing field")).then_some(Problem { field, message })
+    };
+    let scaling = kept.get("rope_scaling").and_then(|value| RopeScaling::deserialize(value).err());
+    let scaling = scaling.map(|error| Problem { field: "rope_scaling", message: error.to_string() });
+    COPIED.iter().copied().filter_map(alone).chain(scaling).collect()
+}
+
 fn refused(fields: &Map<String, Value>) -> Vec<Problem> {
     let mut problems = Vec::new();
     for (field, allowed) in FIXED {
@@ -202,7 +221,15 @@ fn take_rope(fields: &mut Map<String, Value>, kept: &mut Map<String, Value>, pro
     const KNOWN: &[&str] =
         &["factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "original_max_position_embeddings"];
     for spelling in ["rope_scaling", "rope_parameters"] {
-        let Some(Value::Object(rope)) = fields.remove(spelling) else { continue };
+        let rope = match fields.remove(spelling) {
+            Some(Value::Object(rope)) => rope,
+            None | Some(Value::Null) => continue,
+            Some(other) => {
+                let message = format!("{other} is not a map of the rotary scaling");
+                problems.push(Problem { field: "rope_scaling", message });
+                continue;
+            }
+        };
         if let Some(theta) = rope.get("rope_theta").filter(|theta| !theta.is_null()) {
             kept.insert("rope_theta".to_owned(), theta.clone());
         }

@@ -140,6 +140,27 @@ fn other_architectures_and_garbage_are_refused() {
         panic!("another architecture is refused");
     };
     assert_eq!(problems.len(), 4, "{problems:?}");
+    let mut value: serde_json::Value = serde_json::from_slice(&v3().to_json("float32")).unwrap();
+    let changes = [
+        ("hidden_size", serde_json::json!("7168")),
+        ("vocab_size", serde_json::json!(1e30)),
+        ("eos_token_id", serde_json::json!(-4)),
+        ("num_hidden_layers", serde_json::json!({"x": 1})),
+        ("rope_parameters", serde_json::json!(3)),
+        ("rope_scaling", serde_json::json!({"type": "yarn", "factor": "40", "original_max_position_embeddings": 4})),
+    ];
+    let mut wrong: Vec<&str> = changes.iter().map(|(field, _)| *field).collect();
+    for (field, change) in &changes {
+        value[*field] = change.clone();
+    }
+    let Err(Error::Config { problems }) = ModelConfig::from_json(&serde_json::to_vec(&value).unwrap()) else {
+        panic!("fields of other types are refused by name");
+    };
+    wrong.sort_unstable();
+    let mut fields: Vec<&str> = problems.iter().map(|problem| problem.field).collect();
+    fields.sort_unstable();
+    // Both spellings of rotary scaling go by one name.
+    assert_eq!(fields, wrong.iter().map(|f| f.replace("parameters", "scaling")).collect::<Vec<_>>(), "{problems:?}");
     for text in ["", "[]", "{}", "{\"vocab_size\": -1}", "{\"vocab_size\": \"many\"}", "\u{0}"] {
         assert!(ModelConfig::from_json(text.as_bytes()).is_err(), "{text:?}");
     }
