@@ -98,7 +98,8 @@ fn weights_that_overlap_or_lie_outside_are_refused_before_anything_runs() {
     let offsets = |header: &Map<String, Value>, name: &str| -> [u64; 2] {
         serde_json::from_value(header[name]["data_offsets"].clone()).expect("offsets")
     };
-    let cases: [(&str, fn([u64; 2], u64) -> [u64; 2], &str); 4] = [
+    type Moved = fn([u64; 2], u64) -> [u64; 2];
+    let cases: [(&str, Moved, &str); 4] = [
         ("overlap", |[begin, end], _| [begin + 1, end + 1], "share bytes"),
         ("outside", |[begin, end], size| [begin + size, end + size], "does not lie inside the file"),
         ("behind", |[begin, end], _| [end, begin], "does not lie inside the file"),
@@ -160,6 +161,9 @@ fn absurd_sizes_are_named_by_their_field_and_cost_nothing() {
         ("num_attention_heads", json!(0)),
         ("kv_lora_rank", json!(0)),
         ("qk_rope_head_dim", json!(7)),
+        ("hidden_size", json!(1e30)),
+        ("vocab_size", json!("320")),
+        ("eos_token_id", json!(-4)),
         ("rms_norm_eps", json!(-1.0)),
     ];
     let began = Instant::now();
@@ -269,7 +273,8 @@ fn parquet_without_rows_with_nulls_or_other_types_is_one_error_of_its_stage() {
     let texts = |values: Vec<Option<&str>>| -> ArrayRef { Arc::new(StringArray::from(values)) };
     let mut lists = ListBuilder::new(StringBuilder::new());
     lists.append_value([Some("a")]);
-    let cases: Vec<(&str, Vec<(&str, ArrayRef)>, &str)> = vec![
+    type Columns = Vec<(&'static str, ArrayRef)>;
+    let cases: Vec<(&str, Columns, &str)> = vec![
         ("rows", vec![("text", texts(Vec::new()))], "no document"),
         (
             "null",
