@@ -1,6 +1,11 @@
 //! What a sceptic asks for, held against the whole project; `tests/README.md` says which test or command shows what.
 
+mod balance;
+mod cache_mla;
 mod ingest;
 mod input;
+mod models;
+mod mtp;
+mod numerics;
 mod rl;
 mod runtime;
