@@ -201,6 +201,10 @@ fn damaged_tokenizers(good: &[u8]) -> Vec<Damaged> {
         changed("no model", &|json| drop(json.as_object_mut().expect("a map").remove("model"))),
         changed("unknown model", &|json| json["model"]["type"] = "Unheard".into()),
         changed("vocabulary as a list", &|json| json["model"]["vocab"] = json!(["a", "b"])),
+        changed("empty vocabulary", &|json| {
+            json["model"]["vocab"] = json!({});
+            json["model"]["merges"] = json!([]);
+        }),
         changed("negative id", &|json| json["model"]["vocab"]["a"] = json!(-1)),
         changed("id as text", &|json| json["model"]["vocab"]["a"] = "7".into()),
         changed("id beyond 32 bits", &|json| json["model"]["vocab"]["a"] = json!(1_u64 << 40)),
@@ -235,7 +239,6 @@ fn damaged_tokenizers_are_named_and_never_panic() {
     for (pointer, value) in [
         ("/model/vocab/a", json!(9)),
         ("/model/vocab/a", json!(u32::MAX)),
-        ("/model/vocab", json!({})),
         ("/added_tokens/0/id", json!(77)),
         ("/added_tokens/0/content", json!("")),
         ("/pre_tokenizer", Value::Null),

@@ -118,6 +118,10 @@ impl Tokenizer {
     }
 
     fn wrap(chat: tokenizers::Tokenizer, json: Vec<u8>) -> Result<Self> {
+        // Every text would silently become nothing.
+        if chat.get_vocab_size(false) == 0 {
+            return Err(DataError::tokenizer("its vocabulary is empty"));
+        }
         let specials = Specials::find(|text| chat.token_to_id(text));
         let with_role: BTreeSet<u32> = specials.present().into_values().collect();
         // Some tokenizers do not mark tokens such as `<think>` as special; here their role makes them so.
