@@ -36,11 +36,14 @@ pub(crate) fn events(json: bool) -> Events {
 }
 
 /// What is known of the stage that runs.
+#[derive(Default)]
 struct Current {
     /// First position and its time: the rate is that of this process, not of an earlier attempt.
     first: Option<(u64, Instant)>,
     last_line: Option<Instant>,
     figures: BTreeMap<String, f64>,
+    /// What the last progress said: done and total.
+    last: (u64, Option<u64>),
 }
 
 /// The terminal or the log.
@@ -58,7 +61,7 @@ impl Screen {
             }
             bar
         });
-        Self { bar, current: Current { first: None, last_line: None, figures: BTreeMap::new() } }
+        Self { bar, current: Current::default() }
     }
 
     fn line(&self, text: &str) {
@@ -74,7 +77,7 @@ impl Screen {
                 self.line(&format!("run {run} of {pipeline}: {} stages", stages.len()));
             }
             Event::StageStarted { stage, kind, key, resumed_from } => {
-                self.current = Current { first: None, last_line: None, figures: BTreeMap::new() };
+                self.current = Current::default();
                 if let Some(bar) = &self.bar {
                     bar.reset();
                     bar.set_prefix(stage.clone());
@@ -121,6 +124,11 @@ impl Screen {
 
     fn progress(&mut self, stage: &str, done: u64, total: Option<u64>, unit: &str) {
         let now = Instant::now();
+        // A next phase or task of the stage counts anew, and so does its rate.
+        if done < self.current.last.0 || total != self.current.last.1 {
+            (self.current.first, self.current.last_line) = (None, None);
+        }
+        self.current.last = (done, total);
         let (first, since) = *self.current.first.get_or_insert((done, now));
         let rate = done.saturating_sub(first) as f64 / now.duration_since(since).as_secs_f64().max(1e-9);
         let mut text = match total {
