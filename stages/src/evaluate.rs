@@ -207,17 +207,17 @@ impl Subject {
     fn score(&self, ctx: &Ctx, task: &Task, path: &std::path::Path) -> Result<Scored, Error> {
         let (model, tokenizer) = (&self.folder.model, &self.folder.tokenizer);
         let paths = [path.to_owned()];
-        if matches!(task.score, Kind::Needle {}) {
-            let report = needles::find(model, tokenizer, &paths, ctx.cancel())?;
-            some(report.lengths().count(), task)?;
-            return Ok(Scored { figures: needles::figures(&report), counts: json!(report) });
-        }
-        let records = read_benchmark(&paths)?;
+        // Needles have columns of their own; all other tasks share one reader.
+        let records = || read_benchmark(&paths);
         match &task.score {
-            Kind::Needle {} => unreachable!("scored above"),
-            Kind::Exact { .. } => self.score_exact(ctx, task, &records),
+            Kind::Needle {} => {
+                let report = needles::find(model, tokenizer, &paths, ctx.cancel())?;
+                some(report.lengths().count(), task)?;
+                Ok(Scored { figures: needles::figures(&report), counts: json!(report) })
+            }
+            Kind::Exact { .. } => self.score_exact(ctx, task, &records()?),
             Kind::Choice { form } => {
-                let mut items = dsv3_eval::choice_items(tokenizer, &records, form, ctx.seed())?;
+                let mut items = dsv3_eval::choice_items(tokenizer, &records()?, form, ctx.seed())?;
                 draw(&mut items, task, ctx.seed());
                 some(items.len(), task)?;
                 let (report, _) = dsv3_eval::choose(model, &items, ctx.cancel())?;
@@ -226,7 +226,7 @@ impl Subject {
                 Ok(Scored { figures, counts: json!(report) })
             }
             Kind::Code {} => {
-                let report = dsv3_eval::score_code(model, tokenizer, &records, ctx.cancel())?;
+                let report = dsv3_eval::score_code(model, tokenizer, &records()?, ctx.cancel())?;
                 some(report.items as usize, task)?;
                 let figures = vec![("logprob_mean".to_owned(), report.logprob_mean())];
                 Ok(Scored { figures, counts: json!(report) })
