@@ -74,7 +74,8 @@ impl Screen {
     fn event(&mut self, event: Event) {
         match event {
             Event::RunStarted { run, pipeline, stages } => {
-                self.line(&format!("run {run} of {pipeline}: {} stages", stages.len()));
+                let plural = if stages.len() == 1 { "" } else { "s" };
+                self.line(&format!("run {run} of {pipeline}: {} stage{plural}", stages.len()));
             }
             Event::StageStarted { stage, kind, key, resumed_from } => {
                 self.current = Current::default();
@@ -136,7 +137,9 @@ impl Screen {
             None => format!("{done} {unit}"),
         };
         if rate > 0.0 && done > first {
-            text += &format!(", {} {unit}/s", number(rate));
+            // "documents read" come in documents a second.
+            let counted = unit.split(' ').next().unwrap_or(unit);
+            text += &format!(", {} {counted}/s", number(rate));
             if let Some(total) = total.filter(|total| *total > done) {
                 text += &format!(", {} left", span((total - done) as f64 / rate));
             }

@@ -6,7 +6,7 @@ use dsv3_core::{
     Artifact, Error,
     kinds::{Chat, Model as ModelKind, Report},
 };
-use dsv3_data::read_traces;
+use dsv3_data::{RecordKind, read_traces};
 use dsv3_hooks::World;
 use dsv3_model::LoadPrecision;
 use dsv3_posttrain::{DistillConfig, Rewards, Rule, Teacher, distill};
@@ -15,7 +15,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use crate::shared::{facts, folder::ModelFolder};
+use crate::shared::{facts, folder::ModelFolder, records::check_records};
 
 /// Options of `distill`.
 #[derive(Debug, Default, Serialize, Deserialize, JsonSchema)]
@@ -64,6 +64,9 @@ impl Stage for Distill {
 
     fn check(config: &Config, inputs: &InputFacts, problems: &mut Problems) {
         facts::check_model_folder(inputs, "teacher", problems);
+        if !inputs.has("teacher") {
+            check_records(inputs, "traces", RecordKind::Traces, problems);
+        }
         if inputs.has("teacher") {
             facts::check_template(inputs, "teacher", config.chat_template.as_deref(), problems);
             facts::check_new_tokens(

@@ -4,13 +4,13 @@ use dsv3_core::{
     Artifact, Error,
     kinds::{Documents, Report, Tokenizer as TokenizerKind, Tokens},
 };
-use dsv3_data::Tokenizer;
+use dsv3_data::{RecordKind, Tokenizer};
 use dsv3_hooks::World;
 use dsv3_ingest::{DocumentFilter, Host, IngestOptions};
 use dsv3_stage::{Ctx, HookPort, InputFacts, OutputFacts, Problems, Stage, ports};
 use serde_json::json;
 
-use crate::shared::facts;
+use crate::shared::{facts, records::check_records};
 
 ports! {
     /// Inputs of `ingest`.
@@ -52,7 +52,8 @@ impl Stage for Ingest {
     type Inputs = Inputs;
     type Outputs = Outputs;
 
-    fn check(config: &Self::Config, _facts: &InputFacts, problems: &mut Problems) {
+    fn check(config: &Self::Config, inputs: &InputFacts, problems: &mut Problems) {
+        check_records(inputs, "documents", RecordKind::Documents(&config.columns), problems);
         for (field, message) in config.problems() {
             problems.push(format!("config.{field}"), message, "");
         }
@@ -73,7 +74,10 @@ impl Stage for Ingest {
         let paths: Vec<_> = ctx.local_files(&inputs.documents)?.into_iter().map(|(_, path)| path).collect();
         let hook = ctx.hook("filter").cloned();
         let filter = hook.as_deref().map(|hook| hook as &dyn DocumentFilter);
-        let progress = |_step: &'static str, done: u64, total: Option<u64>| ctx.progress(done, total, "documents");
+        let progress = |step: &'static str, done: u64, total: Option<u64>| match step {
+            "train tokenizer" => ctx.log_info("training the tokenizer"),
+            step => ctx.progress(done, total, unit(step)),
+        };
         let host = Host { progress: &progress, cancel: ctx.cancel() };
         let mut files = Vec::new();
         let made = dsv3_ingest::ingest(&config, &paths, tokenizer, filter, ctx.seed(), &host, &mut |name, bytes| {
@@ -99,6 +103,15 @@ impl Stage for Ingest {
             tokenizer: ctx.publish(vec![tokenizer], json!({ "vocab_size": made.tokenizer.vocab_size() }))?,
             report: ctx.publish(vec![ctx.put("report.json", text)?], json!({}))?,
         })
+    }
+}
+
+/// What a step of the work counts.
+fn unit(step: &str) -> &'static str {
+    match step {
+        "read" => "documents read",
+        "tokenise" => "documents tokenised",
+        _ => "documents packed",
     }
 }
 

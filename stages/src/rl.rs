@@ -6,7 +6,7 @@ use dsv3_core::{
     Artifact, Error,
     kinds::{Model as ModelKind, Prompts},
 };
-use dsv3_data::read_prompts;
+use dsv3_data::{RecordKind, read_prompts};
 use dsv3_hooks::World;
 use dsv3_posttrain::{Rewards, Rl as Policy, RlConfig, Rule, rollout};
 use dsv3_stage::{Ctx, HookPort, InputFacts, OutputFacts, Problems, Stage, ports};
@@ -19,6 +19,7 @@ use crate::{
     shared::{
         facts,
         folder::ModelFolder,
+        records::check_records,
         training::{self, TrainingOptions},
     },
 };
@@ -79,6 +80,7 @@ impl Stage for Rl {
         facts::check_template(inputs, "model", config.chat_template.as_deref(), problems);
         facts::check_reward(inputs, config.rules.len(), problems);
         facts::check_new_tokens(inputs, "model", config.policy.tokens_max, "config.policy.tokens_max", problems);
+        check_records(inputs, "prompts", RecordKind::Prompts, problems);
         config.training.check("config.training", problems);
         if config.steps == 0 {
             problems.push("config.steps", "a run needs at least one step", "");

@@ -6,7 +6,7 @@ use dsv3_core::{
     Artifact, Error,
     kinds::{Chat, Model as ModelKind},
 };
-use dsv3_data::{ChatTemplate, read_chat};
+use dsv3_data::{ChatTemplate, RecordKind, read_chat};
 use dsv3_model::SaveFormat;
 use dsv3_posttrain::{ChatSource, sft};
 use dsv3_stage::{Ctx, InputFacts, OutputFacts, Problems, Stage, ports};
@@ -17,6 +17,7 @@ use serde::{Deserialize, Serialize};
 use crate::shared::{
     facts,
     folder::ModelFolder,
+    records::check_records,
     training::{self, Length, TrainingOptions},
 };
 
@@ -75,6 +76,7 @@ impl Stage for Sft {
     fn check(config: &Config, inputs: &InputFacts, problems: &mut Problems) {
         facts::check_model_folder(inputs, "model", problems);
         facts::check_template(inputs, "model", config.chat_template.as_deref(), problems);
+        check_records(inputs, "chat", RecordKind::Chat, problems);
         config.training.check("config.training", problems);
         training::check_schedules(&config.schedules, Length::Steps(1 << 20), "config.schedules", problems);
         if config.schedules.batch.ramp.is_some() {

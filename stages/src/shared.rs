@@ -3,5 +3,6 @@
 pub(crate) mod facts;
 pub(crate) mod folder;
 pub(crate) mod needles;
+pub(crate) mod records;
 pub(crate) mod tokens;
 pub(crate) mod training;

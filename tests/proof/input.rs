@@ -294,7 +294,9 @@ fn parquet_without_rows_with_nulls_or_other_types_is_one_error_of_its_stage() {
         let name = format!("{name}.parquet");
         let set = format!("stages.corpus.inputs.documents={}", place.write(&name, parquet(columns)));
         let ended = place.run(&["--until", "corpus", "--set", &set]);
-        refuses(&ended, 65, &[part, "stage `corpus`", "help: "]);
+        // Columns are looked at before anything runs; what the rows hold is found when they are read.
+        let code = if part.starts_with("column") { 64 } else { 65 };
+        refuses(&ended, code, &[part, "stage `corpus`", "help: "]);
         assert!(part.starts_with("no document") || ended.errors.contains(&name), "{}", ended.errors);
     }
 }

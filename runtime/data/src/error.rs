@@ -159,7 +159,9 @@ impl DataError {
     fn help(&self) -> Option<&'static str> {
         match self {
             Self::Parquet { .. } => Some("the file is damaged or cut short: write or download it again"),
-            Self::Column { .. } => Some("name the right column in the stage's config, or rename it in the file"),
+            Self::Column { .. } => Some(
+                "name the column in the stage's config (`columns: { text: NAME }` in ingest), or rename it in the file",
+            ),
             Self::Value { .. } | Self::Record { .. } => Some("mend or remove this row"),
             _ => None,
         }

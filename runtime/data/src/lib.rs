@@ -7,6 +7,7 @@ mod chat;
 mod error;
 mod loader;
 mod needle;
+mod probe;
 mod records;
 mod rows;
 mod specials;
@@ -17,6 +18,7 @@ pub use chat::{ChatExample, ChatTemplate, DEFAULT_TEMPLATE, Message};
 pub use error::{DataError, Location, Place, Result};
 pub use loader::Loader;
 pub use needle::{NeedleIds, NeedleRecord, read_needles};
+pub use probe::{RecordKind, check_columns};
 pub use records::{
     BenchmarkRecord, ChatRecord, Document, DocumentColumns, PromptRecord, TraceRecord, read_benchmark, read_chat,
     read_documents, read_prompts, read_traces,

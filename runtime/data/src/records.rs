@@ -59,14 +59,14 @@ pub fn read_documents<'a>(
     })
 }
 
-enum DocumentFile<'a> {
+pub(crate) enum DocumentFile<'a> {
     Parquet(ParquetReader, &'a DocumentColumns),
     Lines(Rows, &'a DocumentColumns),
     Done,
 }
 
 impl<'a> DocumentFile<'a> {
-    fn open(path: &Path, columns: &'a DocumentColumns) -> Result<Self> {
+    pub(crate) fn open(path: &Path, columns: &'a DocumentColumns) -> Result<Self> {
         if !is_parquet(path)? {
             return Ok(Self::Lines(Rows::open(path)?, columns));
         }
@@ -212,16 +212,18 @@ pub struct TraceRecord {
 /// # Errors
 /// At the first file, row or column that cannot be used, with its place.
 pub fn read_chat(paths: &[PathBuf]) -> Result<Vec<ChatRecord>> {
-    read_all(paths, |row| {
-        let mut messages = conversation(row)?;
-        let mut used = vec!["messages", "conversations", "prompt", "system"];
-        if messages.last().is_none_or(|last| last.role != "assistant") {
-            let column = first_of(row, &["completion", "response", "answer"]).unwrap_or("completion");
-            messages.extend(turn_texts(row, column, "assistant")?);
-            used.push(column);
-        }
-        Ok(ChatRecord { at: row.at.clone(), messages, metadata: rest(row, &used) })
-    })
+    read_all(paths, chat_record)
+}
+
+pub(crate) fn chat_record(row: &Row) -> Result<ChatRecord> {
+    let mut messages = conversation(row)?;
+    let mut used = vec!["messages", "conversations", "prompt", "system"];
+    if messages.last().is_none_or(|last| last.role != "assistant") {
+        let column = first_of(row, &["completion", "response", "answer"]).unwrap_or("completion");
+        messages.extend(turn_texts(row, column, "assistant")?);
+        used.push(column);
+    }
+    Ok(ChatRecord { at: row.at.clone(), messages, metadata: rest(row, &used) })
 }
 
 /// Reads prompts: `messages`, `prompt`, `problem` or `question`, with `answer` and, if they are there, `task`, `system`
@@ -230,21 +232,23 @@ pub fn read_chat(paths: &[PathBuf]) -> Result<Vec<ChatRecord>> {
 /// # Errors
 /// At the first file, row or column that cannot be used, with its place.
 pub fn read_prompts(paths: &[PathBuf]) -> Result<Vec<PromptRecord>> {
-    read_all(paths, |row| {
-        let messages = conversation(row)?;
-        let answer = scalar(row, "answer")?;
-        let solution_column = first_of(row, &["solution", "response", "completion"]);
-        let solution = solution_column.map(|column| row.text(column)).transpose()?.map(str::to_owned);
-        let mut used = vec!["messages", "conversations", "prompt", "problem", "question", "system", "answer", "task"];
-        used.extend(solution_column);
-        Ok(PromptRecord {
-            at: row.at.clone(),
-            messages,
-            answer: final_answer(&answer).to_owned(),
-            task: row.optional_text("task")?.map(str::to_owned),
-            solution,
-            metadata: rest(row, &used),
-        })
+    read_all(paths, prompt_record)
+}
+
+pub(crate) fn prompt_record(row: &Row) -> Result<PromptRecord> {
+    let messages = conversation(row)?;
+    let answer = scalar(row, "answer")?;
+    let solution_column = first_of(row, &["solution", "response", "completion"]);
+    let solution = solution_column.map(|column| row.text(column)).transpose()?.map(str::to_owned);
+    let mut used = vec!["messages", "conversations", "prompt", "problem", "question", "system", "answer", "task"];
+    used.extend(solution_column);
+    Ok(PromptRecord {
+        at: row.at.clone(),
+        messages,
+        answer: final_answer(&answer).to_owned(),
+        task: row.optional_text("task")?.map(str::to_owned),
+        solution,
+        metadata: rest(row, &used),
     })
 }
 
@@ -255,24 +259,26 @@ pub fn read_prompts(paths: &[PathBuf]) -> Result<Vec<PromptRecord>> {
 /// # Errors
 /// At the first file, row or column that cannot be used, with its place.
 pub fn read_traces(paths: &[PathBuf]) -> Result<Vec<TraceRecord>> {
-    read_all(paths, |row| {
-        let problem_column = first_of(row, &["problem", "question", "prompt"]).unwrap_or("problem");
-        let problem = row.text(problem_column)?.to_owned();
-        let generations = match first_of(row, &["generations", "generation", "response", "deepseek_reasoning"]) {
-            Some("deepseek_reasoning") => {
-                let (thought, said) = (row.text("deepseek_reasoning")?, row.text("deepseek_solution")?);
-                vec![format!("<think>{thought}</think>\n{said}")]
-            }
-            column => row.texts(column.unwrap_or("generations"))?.into_iter().map(str::to_owned).collect(),
-        };
-        let answer_column = first_of(row, &["answer", "ground_truth_solution", "solution"]).unwrap_or("answer");
-        let answer = scalar(row, answer_column)?;
-        let solution = row.optional_text("solution")?.map(str::to_owned);
-        let used = [problem_column, "generations", "generation", "response", answer_column, "solution"];
-        let metadata = rest(row, &used);
-        let answer = final_answer(&answer).to_owned();
-        Ok(TraceRecord { at: row.at.clone(), problem, answer, solution, generations, metadata })
-    })
+    read_all(paths, trace_record)
+}
+
+pub(crate) fn trace_record(row: &Row) -> Result<TraceRecord> {
+    let problem_column = first_of(row, &["problem", "question", "prompt"]).unwrap_or("problem");
+    let problem = row.text(problem_column)?.to_owned();
+    let generations = match first_of(row, &["generations", "generation", "response", "deepseek_reasoning"]) {
+        Some("deepseek_reasoning") => {
+            let (thought, said) = (row.text("deepseek_reasoning")?, row.text("deepseek_solution")?);
+            vec![format!("<think>{thought}</think>\n{said}")]
+        }
+        column => row.texts(column.unwrap_or("generations"))?.into_iter().map(str::to_owned).collect(),
+    };
+    let answer_column = first_of(row, &["answer", "ground_truth_solution", "solution"]).unwrap_or("answer");
+    let answer = scalar(row, answer_column)?;
+    let solution = row.optional_text("solution")?.map(str::to_owned);
+    let used = [problem_column, "generations", "generation", "response", answer_column, "solution"];
+    let metadata = rest(row, &used);
+    let answer = final_answer(&answer).to_owned();
+    Ok(TraceRecord { at: row.at.clone(), problem, answer, solution, generations, metadata })
 }
 
 /// A benchmark question in its published columns.

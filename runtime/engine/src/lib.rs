@@ -25,7 +25,7 @@ mod spec;
 mod yaml;
 
 pub use check::Spec;
-pub use diagnostics::{Diagnostic, Diagnostics, Source, Sources, Span};
+pub use diagnostics::{Diagnostic, Diagnostics, Origin, Source, Sources, Span};
 pub use engine::{Engine, EngineBuilder};
 pub use error::EngineError;
 pub use explain::{Explanation, StageState, State};

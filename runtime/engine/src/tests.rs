@@ -311,6 +311,27 @@ stages:
 }
 
 #[test]
+fn a_problem_with_a_param_also_points_at_its_value() {
+    let text = "version: 1
+params:
+  texts: missing.parquet
+stages:
+  a: { type: read, inputs: { documents: \"${params.texts}\" } }
+";
+    let engine = Engine::builder().stages(stages::ALL).build();
+    let load = |sets: &[&str]| {
+        let options = LoadOptions { sets: sets.iter().map(ToString::to_string).collect(), ..LoadOptions::default() };
+        engine.load_text("p.yaml", text, Path::new("/nowhere"), &options).unwrap_err().to_string()
+    };
+    let written = load(&[]);
+    for part in ["/nowhere/missing.parquet does not exist", "p.yaml:5:41", "p.yaml:3:10", "value of `texts`"] {
+        assert!(written.contains(part), "{part} in\n{written}");
+    }
+    let set = load(&["params.texts=other.parquet"]);
+    assert!(set.contains("--set params.texts=other.parquet:1:14"), "{set}");
+}
+
+#[test]
 fn the_schema_names_every_stage_and_takes_placeholders() {
     let schema = Engine::builder().stages(stages::ALL).build().schema();
     let config = &schema["$defs"]["count"]["properties"]["config"]["properties"];

@@ -9,7 +9,7 @@ mod suggest;
 use std::fmt;
 
 use serde_json::{Value, json};
-pub use source::{Source, Sources, Span};
+pub use source::{Origin, Source, Sources, Span};
 pub(crate) use suggest::{did_you_mean, list, nearest};
 
 /// One problem.
@@ -63,8 +63,13 @@ pub struct Diagnostics {
 }
 
 impl Diagnostics {
-    /// Sorts the problems and drops repeated ones.
+    /// Sorts the problems and drops repeated ones. A problem at `${params.x}` also points at where `x` got its value.
     pub fn new(sources: Sources, mut problems: Vec<Diagnostic>) -> Self {
+        for problem in &mut problems {
+            let notes =
+                sources.origins(problem.span).map(|origin| (origin.written, format!("value of `{}`", origin.param)));
+            problem.notes.extend(notes);
+        }
         problems.sort_by_key(|problem| (problem.span.source, problem.span.start, problem.span.end));
         problems.dedup();
         Self { sources, problems }

@@ -68,20 +68,44 @@ impl Source {
     }
 }
 
+/// A place where `${params.x}` stands, and the place where `x` got its value.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Origin {
+    /// The placeholder.
+    pub used: Span,
+    /// The value under `params`, or of a `--set`.
+    pub written: Span,
+    /// The param's name.
+    pub param: String,
+}
+
 /// The texts of one pipeline: the file first, then the `--set` arguments.
 #[derive(Clone, Debug, Default)]
-pub struct Sources(Vec<Source>);
+pub struct Sources {
+    texts: Vec<Source>,
+    origins: Vec<Origin>,
+}
 
 impl Sources {
     /// Adds a text and returns its index.
     pub fn add(&mut self, source: Source) -> u32 {
-        self.0.push(source);
-        self.0.len() as u32 - 1
+        self.texts.push(source);
+        self.texts.len() as u32 - 1
     }
 
     /// The text at `index`.
     pub fn get(&self, index: u32) -> Option<&Source> {
-        self.0.get(index as usize)
+        self.texts.get(index as usize)
+    }
+
+    /// Remembers where values of params were written.
+    pub fn add_origins(&mut self, origins: Vec<Origin>) {
+        self.origins.extend(origins);
+    }
+
+    /// The params whose values stand at `used`.
+    pub(crate) fn origins(&self, used: Span) -> impl Iterator<Item = &Origin> {
+        self.origins.iter().filter(move |origin| origin.used == used)
     }
 
     /// `FILE:LINE:COL` of the start of `span`.

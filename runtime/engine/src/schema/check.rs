@@ -242,10 +242,16 @@ impl<'a> Checker<'a> {
                 self.value(property, &mut entry.value, entry.key_span, &below);
             } else if others == Some(&Json::Bool(false)) {
                 let known = properties.unwrap_or(&none).keys().map(String::as_str);
-                let free: Vec<&str> = known.filter(|name| !given.iter().any(|given| given == name)).collect();
+                let (taken, free): (Vec<&str>, Vec<&str>) = known.partition(|name| given.iter().any(|g| g == name));
                 meant.extend(nearest(&entry.key, free.iter().copied()).map(str::to_owned));
                 let problem = Diagnostic::new(entry.key_span, format!("unknown key `{}` in `{path}`", entry.key));
-                self.report(problem.maybe_help(did_you_mean(&entry.key, free)));
+                // `--set` with a misspelt key leaves the well-spelt one of the file beside it.
+                let twin = match nearest(&entry.key, free.iter().copied()) {
+                    None => nearest(&entry.key, taken),
+                    Some(_) => None,
+                };
+                let help = twin.map(|twin| format!("did you mean `{twin}`, which is given too?"));
+                self.report(problem.maybe_help(help.or_else(|| did_you_mean(&entry.key, free))));
             } else if let Some(other) = others {
                 self.value(other, &mut entry.value, entry.key_span, &below);
             }

@@ -164,7 +164,8 @@ pub(crate) fn read(name: &str, text: &str, base: PathBuf, options: &LoadOptions)
                 set::apply(&mut root, index, source, &mut problems);
             }
         }
-        params::substitute(&mut root, options.env.as_ref(), &mut problems);
+        let origins = params::substitute(&mut root, options.env.as_ref(), &mut problems);
+        reading.sources.add_origins(origins);
         reading.written = read::written(&root, default_name(name), options, &mut problems);
     } else if problems.is_empty() {
         let message = "the file is empty; a pipeline has `version: 1` and `stages`";

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 
 use crate::{
-    diagnostics::{Diagnostic, Span, did_you_mean},
+    diagnostics::{Diagnostic, Origin, Span, did_you_mean},
     yaml::{ENVIRONMENT, Node, Value},
 };
 
@@ -13,13 +13,18 @@ struct Lookup<'a> {
     env: Option<&'a BTreeMap<String, String>>,
     /// Texts under `params` themselves may use the environment only.
     inside_params: bool,
+    origins: Vec<Origin>,
     problems: &'a mut Vec<Diagnostic>,
 }
 
-/// Replaces every placeholder of the tree, those of `params` first.
-pub(super) fn substitute(root: &mut Node, env: Option<&BTreeMap<String, String>>, problems: &mut Vec<Diagnostic>) {
-    let mut lookup = Lookup { params: BTreeMap::new(), env, inside_params: true, problems };
-    let Value::Map(entries) = &mut root.value else { return };
+/// Replaces every placeholder of the tree, those of `params` first; returns where the values of params were written.
+pub(super) fn substitute(
+    root: &mut Node,
+    env: Option<&BTreeMap<String, String>>,
+    problems: &mut Vec<Diagnostic>,
+) -> Vec<Origin> {
+    let mut lookup = Lookup { params: BTreeMap::new(), env, inside_params: true, origins: Vec::new(), problems };
+    let Value::Map(entries) = &mut root.value else { return Vec::new() };
     for entry in entries.iter_mut().filter(|entry| entry.key == "params") {
         lookup.walk(&mut entry.value);
         for param in entry.value.entries().into_iter().flatten() {
@@ -30,6 +35,7 @@ pub(super) fn substitute(root: &mut Node, env: Option<&BTreeMap<String, String>>
     for entry in entries.iter_mut().filter(|entry| entry.key != "params") {
         lookup.walk(&mut entry.value);
     }
+    lookup.origins
 }
 
 /// One piece of a text.
@@ -139,7 +145,11 @@ impl Lookup<'_> {
         let problem = match name.strip_prefix("params.") {
             Some(_) if self.inside_params => Diagnostic::new(span, "a param may not refer to another param"),
             Some(param) => match self.params.get(param) {
-                Some(found) => return Some(found.clone()),
+                Some(found) => {
+                    let found = found.clone();
+                    self.origins.push(Origin { used: span, written: found.span, param: param.to_owned() });
+                    return Some(found);
+                }
                 None => Diagnostic::new(span, format!("no param is called `{param}`"))
                     .maybe_help(did_you_mean(param, self.params.keys().map(String::as_str))),
             },

@@ -126,6 +126,12 @@ fn every_problem_is_found_at_its_place() {
 }
 
 #[test]
+fn a_misspelt_key_beside_the_right_one_is_told_its_name() {
+    let found = problems("steps: 3\nstesp: 4\n");
+    assert_eq!(found, ["p:2:1 unknown key `stesp` in `config` [did you mean `steps`, which is given too?]"]);
+}
+
+#[test]
 fn variants_told_apart_by_their_only_key_are_checked_by_it() {
     for good in ["{steps: 1}", "{tokens: 1e6}", "all", "{fields: {a: 1}}", "null"] {
         assert_eq!(problems(&format!("steps: 1\nlength: {good}\n")), Vec::<String>::new(), "{good}");
