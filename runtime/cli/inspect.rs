@@ -1,5 +1,6 @@
 //! `dsv3-pipeline inspect WHAT`: a digest of the store (an artifact's manifest), a stage of a run (`RUN STAGE`: its
-//! result), or a safetensors file or model folder (the tensors by name, type and shape).
+//! result, and on standard error a line for everything its guard did), or a safetensors file or model folder (the tensors
+//! by name, type and shape).
 //!
 //! A safetensors file is `[u64 little-endian length of the header][header: JSON][data]`; only the header is read.
 
@@ -45,7 +46,9 @@ pub(crate) async fn run(args: Args) -> Result<(), Failure> {
             let absent = || Error::invalid(format!("run {id} has not come to a stage `{stage}`"));
             let key = key.ok_or_else(absent)?;
             let result = store.read_result(&key).await?;
-            serde_json::to_value(result.ok_or_else(|| Error::invalid(format!("stage `{stage}` has not finished")))?)
+            let result = result.ok_or_else(|| Error::invalid(format!("stage `{stage}` has not finished")))?;
+            result.incidents().iter().for_each(common::tell);
+            serde_json::to_value(result)
         }
         None => {
             let digest: Digest = args.what.parse().map_err(|error| {

@@ -2,6 +2,7 @@
 
 use dsv3_core::Cancel;
 use dsv3_engine::{EngineError, RunOptions, RunReport, Selection};
+use dsv3_store::StageResult;
 
 use crate::{
     common::{self, Failure, PipelineArgs},
@@ -63,10 +64,14 @@ pub(crate) fn watched(json: bool) -> Result<RunOptions, Failure> {
     Ok(RunOptions { events, cancel, ..RunOptions::default() })
 }
 
-/// The closing table of a run that ended well, or its failure, which the event stream has told.
+/// What guards did and the closing table of a run that ended well, or its failure, which the event stream has told.
 pub(crate) fn conclude(report: Result<RunReport, EngineError>, json: bool) -> Result<(), Failure> {
     let report = report.map_err(Failure::told)?;
     if !json {
+        for stage in &report.stages {
+            let incidents = stage.result.iter().flat_map(StageResult::incidents);
+            incidents.for_each(|incident| common::say(format_args!("{}: {incident}", stage.stage)));
+        }
         common::say(table::closing(&report.figures));
     }
     Ok(())

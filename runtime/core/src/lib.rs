@@ -11,6 +11,7 @@ mod error;
 mod event;
 mod figure;
 mod ids;
+mod incident;
 mod seed;
 
 pub use artifact::{Artifact, ArtifactRef, FileEntry, Kind, Manifest, kinds};
@@ -22,4 +23,5 @@ pub use error::{Error, ErrorKind};
 pub use event::{Event, Events, Level, Outcome};
 pub use figure::{Bound, Figure};
 pub use ids::run_id;
+pub use incident::{GuardAction, GuardRecord};
 pub use seed::{Rng, mix64, permute_index};

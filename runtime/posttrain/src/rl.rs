@@ -112,7 +112,7 @@ struct Updates {
     kl_sum: f64,
     clipped: usize,
     grad_norms: Vec<f64>,
-    skipped: usize,
+    skipped: u32,
 }
 
 impl Rl<'_> {
@@ -182,7 +182,7 @@ impl Rl<'_> {
             let update = trainer.update(loss, lr)?;
             updates.loss += loss / self.config.minibatches as f64;
             updates.grad_norms.push(update.grad_norm);
-            updates.skipped += usize::from(!update.applied);
+            updates.skipped += u32::from(!update.applied);
         }
         Ok(updates)
     }
@@ -218,7 +218,8 @@ impl Work for Rl<'_> {
         ]);
         Ok(Some(StepReport {
             loss: updates.loss,
-            applied: updates.skipped == 0,
+            skipped: updates.skipped,
+            updates: updates.grad_norms.len() as u32,
             tokens: rollouts.iter().map(|rollout| rollout.ids.len() as u64).sum(),
             cursor: cursor + self.config.prompts_per_step as u64,
             metrics,

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use bytes::Bytes;
-use dsv3_core::{Digest, Figure};
+use dsv3_core::{Digest, Figure, GuardRecord};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -51,6 +51,12 @@ pub struct StageResult {
 impl StageResult {
     /// Version written by this build.
     pub const FORMAT: u32 = record::FORMAT;
+
+    /// What the guard of a training stage did, from the lineage; `Display` says each in one line.
+    pub fn incidents(&self) -> Vec<GuardRecord> {
+        let records = self.lineage.get(GuardRecord::SUBJECT).and_then(Value::as_array);
+        records.into_iter().flatten().filter_map(|record| GuardRecord::deserialize(record).ok()).collect()
+    }
 }
 
 fn result_path(key: &str) -> String {

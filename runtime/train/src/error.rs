@@ -85,7 +85,7 @@ impl From<Error> for dsv3_core::Error {
             Error::Store { source } | Error::Source { source, .. } => source.context(message),
             Error::Batch { source, .. } => Self::from(source).context(message),
             Error::NotFinite { .. } | Error::Spikes { .. } => Self::new(ErrorKind::Data, message)
-                .help("lower the learning rate, or look at the data ranges the guard names in the lineage"),
+                .help("lower the learning rate, or look at the samples that the warnings before name"),
             Error::Checkpoint { .. } => Self::new(ErrorKind::Data, message),
             Error::State { source } => Self::new(ErrorKind::Data, message).source(source),
             Error::NotTrainable { .. } => Self::new(ErrorKind::Internal, message),

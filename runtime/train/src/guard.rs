@@ -4,10 +4,12 @@
 //! standard deviations and the share `spike_margin` of that mean. `spike_steps` high steps in a row are a spike: the
 //! trainer goes back to the last checkpoint and the samples of those steps are excluded from then on. While a spike is
 //! suspected no checkpoint is written, so the one gone back to always lies before it, and an interrupted run excludes
-//! the same range as an undisturbed one. Each intervention is a [`GuardRecord`] in the lineage.
+//! the same range as an undisturbed one. The steps between the checkpoint and the first high one are done again with the
+//! same bits, so where checkpoints lie changes nothing that is made. Each intervention is a [`GuardRecord`] in the lineage.
 
 use std::{collections::VecDeque, ops::Range};
 
+pub use dsv3_core::{GuardAction, GuardRecord};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -49,31 +51,6 @@ impl GuardConfig {
     }
 }
 
-/// What the guard did.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum GuardAction {
-    /// The step was not applied.
-    Skipped,
-    /// The run went back to a checkpoint and leaves these samples out.
-    Rewound,
-}
-
-/// One intervention, for the lineage.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
-pub struct GuardRecord {
-    /// What was done.
-    pub action: GuardAction,
-    /// First step concerned, from 1.
-    pub step: u64,
-    /// Last step concerned.
-    pub last_step: u64,
-    /// Samples concerned, as positions in the loading order, half-open.
-    pub samples: [u64; 2],
-    /// Loss of the last step; absent when it was not finite.
-    pub loss: Option<f64>,
-}
-
 /// What the guard remembers; part of every checkpoint.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct GuardState {
@@ -83,7 +60,7 @@ pub struct GuardState {
     skips: u32,
     /// High steps in a row: first step, first sample, how many.
     suspicion: Option<(u64, u64, u32)>,
-    /// Everything done in this phase, in order.
+    /// Everything done in this phase, in the order of the samples.
     pub records: Vec<GuardRecord>,
     /// What was done in phases before.
     pub earlier: Vec<GuardRecord>,
@@ -94,12 +71,12 @@ pub struct GuardState {
 pub enum Verdict {
     /// Go on.
     Fine,
-    /// The step was not applied; go on.
-    Skipped,
+    /// The step was not applied, or not all of it; go on.
+    Skipped(GuardRecord),
     /// Go back to a checkpoint and leave out what the record names.
     Rewind(GuardRecord),
-    /// Give up: too many skips in a row.
-    TooManySkips(u32),
+    /// Give up: this and too many skips in a row.
+    TooManySkips(GuardRecord, u32),
     /// Give up: too many rewinds.
     TooManyRewinds(u32),
 }
@@ -113,14 +90,16 @@ pub struct StepFacts {
     pub samples: Range<u64>,
     /// Its loss.
     pub loss: f64,
-    /// Whether it was applied.
-    pub applied: bool,
+    /// Updates that were not applied because loss or gradient was not finite.
+    pub skipped: u32,
+    /// All updates of the step.
+    pub updates: u32,
 }
 
 impl GuardState {
     /// Judges a step.
     pub fn judge(&mut self, config: &GuardConfig, facts: &StepFacts) -> Verdict {
-        if !facts.applied {
+        if facts.skipped > 0 {
             return self.skipped(config, facts);
         }
         self.skips = 0;
@@ -147,19 +126,40 @@ impl GuardState {
             last_step: facts.step,
             samples: [sample, facts.samples.end],
             loss: Some(facts.loss),
+            back_to_step: None,
+            updates: None,
         })
     }
 
     fn skipped(&mut self, config: &GuardConfig, facts: &StepFacts) -> Verdict {
         self.skips += 1;
-        self.records.push(GuardRecord {
+        let record = GuardRecord {
             action: GuardAction::Skipped,
             step: facts.step,
             last_step: facts.step,
             samples: [facts.samples.start, facts.samples.end],
             loss: facts.loss.is_finite().then_some(facts.loss),
-        });
-        if self.skips > config.skips_max { Verdict::TooManySkips(self.skips) } else { Verdict::Skipped }
+            back_to_step: None,
+            updates: (facts.skipped < facts.updates).then_some([facts.skipped, facts.updates]),
+        };
+        self.note(record.clone());
+        if self.skips > config.skips_max { Verdict::TooManySkips(record, self.skips) } else { Verdict::Skipped(record) }
+    }
+
+    /// Keeps a record, in the order of the samples: where checkpoints lay does not show.
+    pub fn note(&mut self, record: GuardRecord) {
+        let after = self.records.partition_point(|other| other.samples <= record.samples);
+        self.records.insert(after, record);
+    }
+
+    /// What must survive going back to a checkpoint: the ranges left out so far. A skipped step after the checkpoint will
+    /// be done, and skipped, again.
+    pub fn keep_rewinds(&mut self, before: Vec<GuardRecord>) {
+        for record in before {
+            if record.action == GuardAction::Rewound && !self.records.contains(&record) {
+                self.note(record);
+            }
+        }
     }
 
     fn is_high(&self, config: &GuardConfig, loss: f64) -> bool {
@@ -231,7 +231,7 @@ mod tests {
     use super::*;
 
     fn facts(step: u64, loss: f64) -> StepFacts {
-        StepFacts { step, samples: (step - 1) * 4..step * 4, loss, applied: loss.is_finite() }
+        StepFacts { step, samples: (step - 1) * 4..step * 4, loss, skipped: u32::from(!loss.is_finite()), updates: 1 }
     }
 
     fn config() -> GuardConfig {
@@ -259,12 +259,13 @@ mod tests {
     #[test]
     fn steps_that_are_not_finite_are_skipped_up_to_a_limit() {
         let (config, mut guard) = (config(), GuardState::default());
-        assert_eq!(guard.judge(&config, &facts(1, f64::NAN)), Verdict::Skipped);
+        let skipped = |verdict: Verdict| matches!(verdict, Verdict::Skipped(_));
+        assert!(skipped(guard.judge(&config, &facts(1, f64::NAN))));
         assert_eq!(guard.judge(&config, &facts(2, 2.0)), Verdict::Fine);
         for step in 3..5 {
-            assert_eq!(guard.judge(&config, &facts(step, f64::INFINITY)), Verdict::Skipped);
+            assert!(skipped(guard.judge(&config, &facts(step, f64::INFINITY))));
         }
-        assert_eq!(guard.judge(&config, &facts(5, f64::NAN)), Verdict::TooManySkips(3));
+        assert!(matches!(guard.judge(&config, &facts(5, f64::NAN)), Verdict::TooManySkips(_, 3)));
         assert_eq!(guard.records.len(), 4);
     }
 }

@@ -64,8 +64,10 @@ impl RunOptions {
 pub struct StepReport {
     /// Loss the guard watches.
     pub loss: f64,
-    /// Whether the update was applied.
-    pub applied: bool,
+    /// Updates that were not applied because loss or gradient was not finite.
+    pub skipped: u32,
+    /// All updates of the step.
+    pub updates: u32,
     /// Tokens consumed.
     pub tokens: u64,
     /// Position in the loading order after it.
@@ -117,6 +119,9 @@ pub fn run_training(
     if trainer.state.step == 0 {
         run.validate(trainer, work)?;
     }
+    if run.saved_step.is_none() && options.guard.spike_steps > 0 {
+        run.origin = Some(trainer.snapshot()?);
+    }
     loop {
         let state = &trainer.state;
         if options.horizon.is_over(state.step, state.tokens) {
@@ -141,7 +146,8 @@ pub fn run_training(
             step: state.earlier_steps + state.step + 1,
             samples: state.cursor..report.cursor,
             loss: report.loss,
-            applied: report.applied,
+            skipped: report.skipped,
+            updates: report.updates,
         };
         run.advance(trainer, &report, started);
         if run.obey(trainer, facts)? {
@@ -178,8 +184,6 @@ impl Run<'_> {
         if let Some(checkpoint) = latest {
             self.host.restore(trainer, &checkpoint)?;
             self.saved_step = Some(trainer.state.step);
-        } else if self.options.guard.spike_steps > 0 {
-            self.origin = Some(trainer.snapshot()?);
         }
         Ok(())
     }
@@ -211,18 +215,22 @@ impl Run<'_> {
         let step = facts.step;
         match trainer.state.guard.judge(&self.options.guard, &facts) {
             Verdict::Fine => Ok(false),
-            Verdict::Skipped => {
-                let message = format!("step {step} skipped: its loss or gradient is not finite");
-                self.host.log(Level::Warn, message);
+            Verdict::Skipped(record) => {
+                self.host.log(Level::Warn, record.to_string());
                 Ok(false)
             }
             Verdict::Rewind(record) => self.rewind(trainer, record).map(|()| true),
-            Verdict::TooManySkips(count) => Err(Error::NotFinite { step, count }),
+            Verdict::TooManySkips(record, count) => {
+                self.host.log(Level::Warn, record.to_string());
+                Err(Error::NotFinite { step, count })
+            }
             Verdict::TooManyRewinds(count) => Err(Error::Spikes { step, count }),
         }
     }
 
-    fn rewind(&mut self, trainer: &mut Trainer, record: GuardRecord) -> Result<()> {
+    fn rewind(&mut self, trainer: &mut Trainer, mut record: GuardRecord) -> Result<()> {
+        // The checkpoint does not know of what was left out after it.
+        let before = std::mem::take(&mut trainer.state.guard.records);
         match (&self.origin, self.saved_step) {
             (Some(origin), None) => trainer.restore(&origin.state, |name| origin.read(name))?,
             _ => {
@@ -233,13 +241,11 @@ impl Run<'_> {
                 self.host.restore(trainer, &checkpoint)?;
             }
         }
-        let [from, to] = record.samples;
-        let message = format!(
-            "the loss jumped at step {} and stayed high until step {}: going back to step {}, samples {from}..{to} are left out",
-            record.step, record.last_step, trainer.state.step
-        );
-        self.host.log(Level::Warn, message);
-        trainer.state.guard.records.push(record);
+        let state = &mut trainer.state;
+        record.back_to_step = Some(state.earlier_steps + state.step);
+        self.host.log(Level::Warn, record.to_string());
+        state.guard.keep_rewinds(before);
+        state.guard.note(record);
         Ok(())
     }
 

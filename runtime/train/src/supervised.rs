@@ -100,7 +100,8 @@ impl<S: Source> Work for Supervised<S> {
         list.push(("bias_speed".to_owned(), rates.bias_speed));
         Ok(Some(StepReport {
             loss: metrics.losses.main,
-            applied: metrics.update.applied,
+            skipped: u32::from(!metrics.update.applied),
+            updates: 1,
             tokens,
             cursor: data.cursor,
             metrics: list,

@@ -79,19 +79,17 @@ impl Source for Validated<'_> {
     }
 }
 
-/// Supervised training that reports `rows_read` after every step: rows of the stream that its steps have touched, those
-/// of a resumed run's earlier attempts up to the checkpoint included.
+/// Supervised training that reports `rows_read` after every step: rows of the stream that the steps up to it have
+/// touched, those of a resumed run's earlier attempts up to the checkpoint included, those that a rewind undid not.
 pub(crate) struct CountingRows<'a, S> {
     work: Supervised<S>,
     stream: &'a TokenDataset,
-    /// Rows up to the last step; none before the first of this process.
-    rows: Option<f64>,
 }
 
 impl<'a, S: Source> CountingRows<'a, S> {
     /// `work` on windows of `stream`.
     pub(crate) fn new(work: Supervised<S>, stream: &'a TokenDataset) -> Self {
-        Self { work, stream, rows: None }
+        Self { work, stream }
     }
 }
 
@@ -100,9 +98,8 @@ impl<S: Source> Work for CountingRows<'_, S> {
         let before = self.stream.rows_read();
         let earlier = trainer.state.figures.get(ROWS_READ).map_or(0.0, |figure| figure.last);
         let Some(mut report) = self.work.step(trainer, horizon)? else { return Ok(None) };
-        let rows = self.rows.unwrap_or(earlier) + (self.stream.rows_read() - before) as f64;
-        self.rows = Some(rows);
-        report.metrics.push((ROWS_READ.to_owned(), rows));
+        let rows = (self.stream.rows_read() - before) as f64;
+        report.metrics.push((ROWS_READ.to_owned(), earlier + rows));
         Ok(Some(report))
     }
 

@@ -4,7 +4,7 @@ use dsv3_core::Error;
 use dsv3_ops::Precision;
 use dsv3_stage::{Ctx, Problems};
 use dsv3_train::{
-    AdamWConfig, CheckpointEvery, GuardConfig, RunOptions, Schedules, TrainHost, Trainer, TrainerConfig,
+    AdamWConfig, CheckpointEvery, GuardConfig, GuardRecord, RunOptions, Schedules, TrainHost, Trainer, TrainerConfig,
     schedule::Horizon,
 };
 use schemars::JsonSchema;
@@ -174,7 +174,7 @@ pub(crate) fn close(ctx: &Ctx, trainer: &Trainer) -> Result<(), Error> {
     let records = serde_json::to_value(state.guard.lineage().collect::<Vec<_>>())
         .map_err(|source| Error::internal("the guard's records cannot be written").source(source))?;
     if records.as_array().is_some_and(|list| !list.is_empty()) {
-        ctx.record_lineage("guard", records);
+        ctx.record_lineage(GuardRecord::SUBJECT, records);
     }
     Ok(())
 }

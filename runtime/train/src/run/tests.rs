@@ -54,7 +54,7 @@ impl CheckpointStore for Memory {
 /// Rows of a counting language; `bad` positions are rows of noise that the loss jumps on.
 struct Counting {
     total: u64,
-    bad: std::ops::Range<u64>,
+    bad: Vec<std::ops::Range<u64>>,
     stop_at: Option<u64>,
     cancel: Cancel,
     poison: Cell<bool>,
@@ -71,7 +71,8 @@ impl Source for Counting {
             self.cancel.cancel();
         }
         let row = |at: &u64| -> Vec<u32> {
-            let next = |i: u64| if self.bad.contains(at) { 40 + (i * i + 7 * at) % 20 } else { (at + i) % 7 };
+            let bad = self.bad.iter().any(|bad| bad.contains(at));
+            let next = |i: u64| if bad { 40 + (i * i + 7 * at) % 20 } else { (at + i) % 7 };
             (0..13).map(|i| next(i) as u32).collect()
         };
         let mut micro: MicroBatch = Batch::from_rows(positions.iter().map(row)).into();
@@ -109,7 +110,8 @@ fn work(cancel: &Cancel) -> Supervised<Counting> {
         mtp_weight: Switched::constant(0.3),
         bias_speed: Switched::constant(0.01),
     };
-    let source = Counting { total: 1000, bad: 0..0, stop_at: None, cancel: cancel.clone(), poison: Cell::new(false) };
+    let source =
+        Counting { total: 1000, bad: Vec::new(), stop_at: None, cancel: cancel.clone(), poison: Cell::new(false) };
     Supervised::new(source, schedules)
 }
 
@@ -198,7 +200,7 @@ fn a_spike_goes_back_and_leaves_its_samples_out() {
         let bench = Bench::new();
         let (mut trainer, mut work) = (trainer(), work(&bench.cancel));
         work.schedules.lr = LrSchedule::constant(1e-2);
-        work.source.bad = bad;
+        work.source.bad = vec![bad];
         bench.run(&mut trainer, &mut work, &options).unwrap();
         (trainer, bench)
     };
@@ -206,10 +208,44 @@ fn a_spike_goes_back_and_leaves_its_samples_out() {
     let records = &spiked.state.guard.records;
     assert_eq!(records.len(), 1, "{records:?}");
     assert_eq!((records[0].step, records[0].last_step, records[0].samples), (19, 20, [36, 40]));
-    assert!(bench.logs.lock().unwrap()[0].contains("going back to step 16"));
+    assert_eq!(records[0].back_to_step, Some(16));
+    assert!(bench.logs.lock().unwrap()[0].contains("went back to step 16, samples 36..40 are left out"));
     assert_eq!((spiked.state.cursor, spiked.optimizer.updates()), (52, 24));
     let steps = bench.steps.lock().unwrap().clone();
     assert_eq!(steps[18..24], [19, 20, 17, 18, 19, 20]);
+}
+
+/// A spike found again before the next checkpoint must not bring back the samples of the first. Where checkpoints lay
+/// changes no bit of what is made.
+#[test]
+fn two_spikes_after_one_checkpoint_leave_both_ranges_out() {
+    let run = |every: u64| {
+        let mut options = options(24);
+        options.guard =
+            GuardConfig { window_steps: 4, spike_steps: 2, spike_deviations: 2.0, ..GuardConfig::default() };
+        options.checkpoint.steps = Some(every);
+        let bench = Bench::new();
+        let (mut trainer, mut work) = (trainer(), work(&bench.cancel));
+        work.schedules.lr = LrSchedule::constant(1e-2);
+        work.source.bad = vec![36..40, 42..46];
+        bench.run(&mut trainer, &mut work, &options).unwrap();
+        trainer
+    };
+    let seldom = run(100);
+    let ranges = |trainer: &Trainer| -> Vec<[u64; 2]> {
+        trainer.state.guard.records.iter().map(|record| record.samples).collect()
+    };
+    assert_eq!(ranges(&seldom), [[36, 40], [42, 46]]);
+    assert_eq!((seldom.state.cursor, seldom.optimizer.updates()), (56, 24));
+    for every in [1, 3, 4] {
+        let often = run(every);
+        let mut expected = seldom.snapshot().unwrap();
+        let found = often.snapshot().unwrap();
+        for (at, record) in often.state.guard.records.iter().enumerate() {
+            expected.state["state"]["guard"]["records"][at]["back_to_step"] = record.back_to_step.into();
+        }
+        assert_eq!((found.state, found.files == expected.files), (expected.state, true), "every {every}");
+    }
 }
 
 #[test]
