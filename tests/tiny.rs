@@ -8,8 +8,9 @@ use std::{
     io::{BufRead, BufReader, Read},
     os::fd::AsRawFd,
     path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
+    process::{Command, Stdio},
     sync::OnceLock,
+    thread,
 };
 
 use serde_json::Value;
@@ -27,6 +28,23 @@ pub(crate) fn file(name: &str) -> String {
 /// A store in a folder of its own.
 pub(crate) struct Place(tempfile::TempDir);
 
+/// A signal for a watched process, and what to wait for before it is sent; the events are read meanwhile.
+pub(crate) struct Signal {
+    pub(crate) number: i32,
+    pub(crate) wait: Option<Box<dyn FnOnce() + Send>>,
+}
+
+impl Signal {
+    /// Without a wait.
+    pub(crate) fn at_once(number: i32) -> Self {
+        Self { number, wait: None }
+    }
+
+    pub(crate) fn after(number: i32, wait: impl FnOnce() + Send + 'static) -> Self {
+        Self { number, wait: Some(Box::new(wait)) }
+    }
+}
+
 /// How a process ended and what it said.
 pub(crate) struct Ended {
     /// None when a signal ended it.
@@ -40,6 +58,16 @@ pub(crate) struct Ended {
 impl Place {
     pub(crate) fn new() -> Self {
         Self(tempfile::tempdir().expect("a temporary folder"))
+    }
+
+    /// A place whose store is a copy of that of another.
+    pub(crate) fn copy_of(other: &Self) -> Self {
+        let place = Self::new();
+        if other.store().exists() {
+            let copied = Command::new("cp").arg("-r").arg(other.store()).arg(place.store()).status();
+            assert!(copied.expect("cp runs").success());
+        }
+        place
     }
 
     /// Folder of the store and of files that the test writes.
@@ -79,6 +107,16 @@ impl Place {
 
     /// Runs a subcommand that prints events. Sends the signal that `stop` first asks for, and reads to the end.
     pub(crate) fn watch(&self, args: &[&str], mut stop: impl FnMut(&Value) -> Option<i32>) -> Ended {
+        self.watch_late(args, None, |event| stop(event).map(Signal::at_once))
+    }
+
+    /// As [`Self::watch`]; the signal may come later than the event that asks for it, or be `planned` before any.
+    pub(crate) fn watch_late(
+        &self,
+        args: &[&str],
+        planned: Option<Signal>,
+        mut stop: impl FnMut(&Value) -> Option<Signal>,
+    ) -> Ended {
         let mut child =
             self.command(args).args(["--json", "--store", "file://./runs"]).spawn().expect("the program runs");
         let stdout = child.stdout.take().expect("piped");
@@ -90,15 +128,18 @@ impl Place {
             let _ = BufReader::new(stderr).read_to_string(&mut text);
             text
         });
-        let (mut events, mut sent) = (Vec::new(), false);
+        let id = child.id();
+        let mut sending = planned.map(|signal| send(id, signal));
+        let mut events = Vec::new();
         for line in BufReader::with_capacity(256, stdout).lines().map_while(Result::ok) {
             let Ok(event) = serde_json::from_str::<Value>(&line) else { continue };
-            if !sent && let Some(signal) = stop(&event) {
-                send(&child, signal);
-                sent = true;
+            if sending.is_none() {
+                sending = stop(&event).map(|signal| send(id, signal));
             }
             events.push(event);
         }
+        // Its id is not reused before it is waited for.
+        sending.flatten().into_iter().for_each(|sending| sending.join().expect("sent"));
         let code = child.wait().expect("an end").code();
         Ended { code, events, errors: said.join().expect("read") }
     }
@@ -182,9 +223,22 @@ fn narrow(pipe: &impl AsRawFd) {
     assert!(size > 0, "{}", std::io::Error::last_os_error());
 }
 
+/// Sends a signal, from a thread of its own when there is something to wait for, so that reading goes on. The thread must be
+/// joined before the child is waited for.
+fn send(child: u32, signal: Signal) -> Option<thread::JoinHandle<()>> {
+    let Some(wait) = signal.wait else {
+        kill(child, signal.number);
+        return None;
+    };
+    Some(thread::spawn(move || {
+        wait();
+        kill(child, signal.number);
+    }))
+}
+
 #[allow(unsafe_code)]
-fn send(child: &Child, signal: i32) {
+fn kill(child: u32, signal: i32) {
     // SAFETY: the call takes two integers; the process is our own child, not yet waited for, so its id is not reused.
-    let result = unsafe { libc::kill(child.id() as libc::pid_t, signal) };
+    let result = unsafe { libc::kill(child as libc::pid_t, signal) };
     assert_eq!(result, 0, "{}", std::io::Error::last_os_error());
 }

@@ -15,11 +15,7 @@ use crate::tiny::{Ended, Place, file, recipe, undisturbed};
 
 /// A place whose store is a copy of that of the undisturbed run.
 pub(crate) fn lived() -> Place {
-    let place = Place::new();
-    let from = undisturbed().0.store();
-    let copied = Command::new("cp").arg("-r").arg(from).arg(place.store()).status().expect("cp runs");
-    assert!(copied.success());
-    place
+    Place::copy_of(&undisturbed().0)
 }
 
 /// The recipe and all of its inputs, written into the place.
