@@ -125,7 +125,7 @@ impl Stage for ContextExtension {
     }
 
     fn run(config: Config, inputs: Inputs, ctx: &mut Ctx) -> Result<Outputs, Error> {
-        let mut folder = ModelFolder::open_trainable(ctx, &inputs.model, config.training.precision)?;
+        let mut folder = ModelFolder::open_trainable(ctx, &inputs.model, &config.training)?;
         let needles = Needles::open(ctx, &inputs.needles)?;
         // The model as it is, only allowed to look further: what extension has to beat.
         folder.model.set_rope(None, config.max_position_embeddings)?;

@@ -143,7 +143,7 @@ impl Stage for Pretrain {
         };
         let source = tokens::Validated::new(source, validation, config.sequence_tokens)?;
         let mut work = tokens::CountingRows::new(Supervised::new(source, config.schedules), &stream);
-        let model = Model::init(&config.model, config.training.precision, ctx.seed())?;
+        let model = config.training.model(Model::init(&config.model, config.training.precision, ctx.seed())?);
         let mut trainer = Trainer::new(model, config.training.trainer())?;
         run_training(&mut trainer, &mut work, &training::host(ctx), &config.training.run(horizon))?;
         training::close(ctx, &trainer)?;

@@ -97,7 +97,7 @@ impl Stage for Rl {
 
     fn run(config: Config, inputs: Inputs, ctx: &mut Ctx) -> Result<Outputs, Error> {
         let hook = ctx.hook("reward").cloned();
-        let folder = ModelFolder::open_trainable(ctx, &inputs.model, config.training.precision)?;
+        let folder = ModelFolder::open_trainable(ctx, &inputs.model, &config.training)?;
         let template = folder.template_or(config.chat_template.as_deref())?;
         let paths: Vec<PathBuf> = ctx.local_files(&inputs.prompts)?.into_iter().map(|(_, path)| path).collect();
         let prompts = rollout::prompts(&read_prompts(&paths)?, &template, &folder.tokenizer)?;

@@ -101,7 +101,7 @@ impl Stage for Sft {
     }
 
     fn run(config: Config, inputs: Inputs, ctx: &mut Ctx) -> Result<Outputs, Error> {
-        let folder = ModelFolder::open_trainable(ctx, &inputs.model, config.training.precision)?;
+        let folder = ModelFolder::open_trainable(ctx, &inputs.model, &config.training)?;
         let template = folder.template_or(config.chat_template.as_deref())?;
         let paths: Vec<PathBuf> = ctx.local_files(&inputs.chat)?.into_iter().map(|(_, path)| path).collect();
         let records = read_chat(&paths)?;

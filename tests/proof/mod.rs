@@ -2,6 +2,7 @@
 
 mod balance;
 mod cache_mla;
+mod fp8_options;
 mod ingest;
 mod input;
 mod models;

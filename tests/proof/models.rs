@@ -19,6 +19,20 @@ pub(crate) fn config() -> ModelConfig {
     ModelConfig::from_json(json).expect("a configuration")
 }
 
+/// A model whose linear inputs all have widths that are multiples of 128.
+pub(crate) fn wide() -> ModelConfig {
+    ModelConfig {
+        hidden_size: 128,
+        intermediate_size: 256,
+        moe_intermediate_size: 128,
+        q_lora_rank: Some(128),
+        kv_lora_rank: 128,
+        v_head_dim: 64,
+        initializer_range: 0.1,
+        ..config()
+    }
+}
+
 /// `count` rows of `len` tokens below `vocab`, different for each `seed`.
 pub(crate) fn rows(seed: usize, count: usize, len: usize, vocab: usize) -> Vec<Vec<u32>> {
     let token = |row: usize, i: usize| ((i * 31 + row * 17 + i * i * (row + 1) + seed * 7) % vocab) as u32;

@@ -13,7 +13,7 @@ use dsv3_ops::{Fp8Scales, Param, Precision, Tape, Tensor, Weight, WeightGrads, a
 use dsv3_train::loss::{LossWeights, MicroBatch};
 use dsv3_train::{Rates, Trainer, TrainerConfig};
 
-use super::models::{FP8, bits, config, forward, gradients, logps, rows, seeds};
+use super::models::{FP8, bits, config, forward, gradients, logps, rows, seeds, wide};
 
 const LOSS: LossWeights = LossWeights { mtp: 0.3, balance: 1e-2 };
 
@@ -109,20 +109,6 @@ fn the_attention_core_is_exact() {
         attention::forward(&q, &Tensor::f32(&[6, 1, 136], kv), &k_rope, &spans, 0.25)
     };
     assert_ne!(bits(one(17.0).as_f32()), bits(one(16.0).as_f32()));
-}
-
-/// A model whose linear inputs all have widths that are multiples of 128.
-fn wide() -> ModelConfig {
-    ModelConfig {
-        hidden_size: 128,
-        intermediate_size: 256,
-        moe_intermediate_size: 128,
-        q_lora_rank: Some(128),
-        kv_lora_rank: 128,
-        v_head_dim: 64,
-        initializer_range: 0.1,
-        ..config()
-    }
 }
 
 #[test]

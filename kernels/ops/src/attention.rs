@@ -5,7 +5,8 @@
 //! k_rope `[tokens, dr]`, o `[tokens, heads · dv]`; no token looks across a [`Spans`] boundary.
 //!
 //! Work is divided by (sequence, head). Inside, tiles of [`TILE`] queries meet all keys up to their last one, so
-//! scores take `TILE` × length floats per thread and never length². Saved: the inputs and log-sum-exp per query.
+//! scores take `TILE` × length floats per thread and never length². Saved: the inputs and log-sum-exp per query; the
+//! output is not, D below needs none, so the linear layer after attention holds its only copy.
 //! Backward, per tile, with P computed again: D_i = Σ_j P_ij dP_ij, dS = P ∘ (dP − D), dP = dO·Vᵀ; dQ = scale · dS·K,
 //! dK += scale · dSᵀ·Q, dV += Pᵀ·dO, tiles in order; the shared key's gradient adds heads in order.
 //! Paper: report §2.1.1, `reference/deepseek-v3.md` §2.

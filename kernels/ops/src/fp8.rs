@@ -2,16 +2,21 @@
 //!
 //! For a tile with largest magnitude amax, s = amax / top (top = 448 for E4M3, 57344 for E5M2; amax = 0 gives s = 1),
 //! code = RNE(x · (top / amax)) saturating, value = code · s. With UE8M0 scales s = 2^⌈log₂(amax / top)⌉, taken from the
-//! bits of the f32 quotient, and code = RNE(x / s). NaN stays NaN. DeepSeek-V3 report §3.3; reference §14.
+//! bits of the f32 quotient, and code = RNE(x / s). NaN stays NaN. What single layers do otherwise is in `exceptions.rs`,
+//! the 12-bit cache of one of them in `e5m6.rs`. DeepSeek-V3 report §3.3; reference §14.
 //!
 //! Invariant: a conversion is exact bit for bit on every instruction set and for any number of threads.
 
 mod codec;
+pub mod e5m6;
+mod exceptions;
 mod tiles;
 
 use std::sync::Arc;
 
 pub(crate) use codec::decode_run;
+pub use e5m6::E5m6;
+pub use exceptions::Exceptions;
 use tiles::round_blocks;
 pub(crate) use tiles::{Fill, decode_rows, round_columns, round_rows};
 

@@ -2,7 +2,7 @@
 //!
 //! `x` `[slots, in]` is sorted by expert; `offsets` (experts + 1 of them) bound each expert's rows; `w` is
 //! `[experts, out, in]`, or `[out, in]` for one. Three products: y = x·wᵀ, dx = dy·w, dw = dyᵀ·x, operands rounded as the
-//! weight's precision says (`activation.rs`). An expert without rows has y and dx without rows and adds nothing to dw.
+//! weight's precision and its exceptions say (`activation.rs`). An expert without rows has y and dx without rows and adds nothing to dw.
 //! DeepSeek-V3 report §3.3 for FP8.
 
 use std::sync::Arc;
@@ -10,6 +10,7 @@ use std::sync::Arc;
 use crate::activation::{self, Saved};
 use crate::gemm::{self, Mat, Product};
 use crate::isa::Isa;
+use crate::swiglu::Cached;
 use crate::weight::Operand;
 use crate::{Back, Grads, Job, Param, ParamId, Tape, Tensor, Var, VarId, Weight, WeightGrads, memory};
 
@@ -18,7 +19,7 @@ use crate::{Back, Grads, Job, Param, ParamId, Tape, Tensor, Var, VarId, Weight, 
 /// # Panics
 /// When the shapes do not fit.
 pub fn forward(x: &Tensor, offsets: &[usize], w: &Weight) -> Tensor {
-    let (values, _) = activation::input(x, w.precision(), false);
+    let (values, _) = activation::input(x, w.rounding(), false);
     multiply(&values, offsets, w)
 }
 
@@ -31,16 +32,40 @@ pub fn on_tape(tape: &mut Tape, x: &Var, offsets: &Arc<[usize]>, w: &Param) -> V
     outputs.swap_remove(0)
 }
 
+/// As [`on_tape`] for an input that SwiGLU made of what `cached` holds: nothing of it is kept, the weight gradient computes
+/// it again.
+///
+/// # Panics
+/// When the shapes do not fit.
+pub fn on_tape_recomputed(tape: &mut Tape, x: &Var, cached: Cached, offsets: &Arc<[usize]>, w: &Param) -> Var {
+    assert_eq!(cached.shape(), x.value.shape(), "what is computed again has the shape of the input");
+    let (values, _) = activation::input(&x.value, w.compute.rounding(), false);
+    let mut outputs = record(tape, x, offsets, &[w], &values, Some(Saved::Swiglu(cached)));
+    outputs.swap_remove(0)
+}
+
 /// One input through several weights of one precision; it is quantised once, and its gradient is the sum over the outputs in order.
 ///
 /// # Panics
-/// When the shapes do not fit or the precisions differ.
+/// When the shapes do not fit or the precisions or exceptions differ.
 pub fn on_tape_many(tape: &mut Tape, x: &Var, offsets: &Arc<[usize]>, ws: &[&Param]) -> Vec<Var> {
     let Some(first) = ws.first() else { return Vec::new() };
-    let precision = first.compute.precision();
-    assert!(ws.iter().all(|w| w.compute.precision() == precision), "weights that share an input differ in precision");
-    let (values, saved) = activation::input(&x.value, precision, tape.is_recording());
-    let outputs: Vec<Var> = ws.iter().map(|w| tape.leaf(multiply(&values, offsets, &w.compute))).collect();
+    let rounding = first.compute.rounding();
+    assert!(ws.iter().all(|w| w.compute.rounding() == rounding), "weights that share an input round it differently");
+    let (values, saved) = activation::input(&x.value, rounding, tape.is_recording());
+    record(tape, x, offsets, ws, &values, saved)
+}
+
+/// The outputs of `x`, rounded to `values`, and the backward pass if something was saved for it.
+fn record(
+    tape: &mut Tape,
+    x: &Var,
+    offsets: &Arc<[usize]>,
+    ws: &[&Param],
+    values: &Tensor,
+    saved: Option<Saved>,
+) -> Vec<Var> {
+    let outputs: Vec<Var> = ws.iter().map(|w| tape.leaf(multiply(values, offsets, &w.compute))).collect();
     if let Some(saved) = saved {
         let outputs = outputs.iter().zip(ws).map(|(y, w)| (y.id(), w.id, w.compute.clone())).collect();
         let (x, shape, offsets) = (x.id(), x.value.shape().to_vec(), offsets.clone());
@@ -106,7 +131,7 @@ impl Back for Backward {
         }
         let mut dx = memory::buffer(shape.iter().product());
         for (i, (dy, _, w)) in arrived.iter_mut().enumerate() {
-            let rows = activation::gradient_rows(dy, w.precision());
+            let rows = activation::gradient_rows(dy, w.rounding());
             let operands: Vec<_> = (0..w.count()).map(|e| Operand::backward(w, e)).collect();
             rows_times(rows.as_f32(), &offsets, &operands, w.inputs(), w.outputs(), &mut dx, i > 0);
             *dy = activation::gradient_to_keep(dy.clone(), rows, w.precision());
@@ -128,9 +153,9 @@ fn weight_gradients(
     weights: &mut WeightGrads,
 ) {
     let Some((_, _, first)) = arrived.first() else { return };
-    let x = activation::saved_columns(saved, first.precision(), offsets);
+    let x = activation::saved_columns(saved, first.rounding(), offsets);
     for (dy, id, w) in arrived {
-        let dy = activation::gradient_columns(&dy, w.precision(), offsets);
+        let dy = activation::gradient_columns(&dy, w.rounding(), offsets);
         let (n, k) = (w.outputs(), w.inputs());
         let slot = weights.slot(id, w.shape());
         let xs: Vec<_> = offsets.windows(2).map(|r| Mat::rows(&x.as_f32()[r[0] * k..r[1] * k], k)).collect();

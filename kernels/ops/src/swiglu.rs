@@ -1,11 +1,16 @@
 //! SwiGLU's gate: y = SiLU(g) · u, SiLU(g) = g·σ(g), elementwise.
 //!
-//! Backward: du = dy·g·σ; dg = dy·u·σ·(1 + g·(1 − σ)). Saved: g and u; σ is computed again.
+//! Backward: du = dy·g·σ; dg = dy·u·σ·(1 + g·(1 − σ)). Saved: g and u; σ is computed again. [`on_tape_cached`] keeps g and
+//! u as FP8 codes in tiles of 1×128 instead, and backward reads their values ĝ and û; the layer after it then need
+//! not keep y, whose values for the weight gradient are SiLU(ĝ) · û. DeepSeek-V3 report §3.3.3.
 
+use std::ops::Range;
+
+use crate::fp8::{Fp8, decode_rows};
 use crate::isa::{Isa, simd_fn};
 use crate::memory::buffer;
 use crate::vector::{for_row_chunks, sigmoid};
-use crate::{Back, Grads, Job, Tape, Tensor, Var, VarId};
+use crate::{Back, Grads, Job, Precision, Tape, Tensor, Var, VarId, scratch};
 
 /// Elements a thread takes at a time.
 const CHUNK: usize = 1 << 13;
@@ -54,20 +59,79 @@ simd_fn! {
 /// [`forward`] with the gradients of both inputs.
 pub fn on_tape(tape: &mut Tape, gate: &Var, up: &Var) -> Var {
     let value = forward(&gate.value, &up.value);
-    let (gate, up) = (gate.clone(), up.clone());
-    tape.push(value, |out| Box::new(SwigluBack { gate, up, out }))
+    let kept = Kept::Plain(gate.value.clone(), up.value.clone());
+    let (gate, up) = (gate.id(), up.id());
+    tape.push(value, |out| Box::new(SwigluBack { gate, up, kept, out }))
+}
+
+/// Both inputs `[rows, cols]` as FP8 codes in tiles of 1×128. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Cached {
+    gate: Fp8,
+    up: Fp8,
+}
+
+impl Cached {
+    /// Shape of the output.
+    pub(crate) fn shape(&self) -> &[usize] {
+        self.gate.codes.shape()
+    }
+
+    /// Bytes of codes and scales.
+    pub fn bytes(&self) -> usize {
+        self.gate.bytes() + self.up.bytes()
+    }
+
+    /// Elements `range` of the output, whole rows, computed again.
+    pub(crate) fn output(&self, range: Range<usize>, out: &mut [f32]) {
+        let (isa, cols) = (Isa::best(), self.gate.codes.cols().max(1));
+        scratch::with_f32(2 * cols, |both| {
+            let (g, u) = both.split_at_mut(cols);
+            for (row, out) in (range.start / cols..).zip(out.chunks_mut(cols)) {
+                decode_rows(isa, &self.gate, row, g);
+                decode_rows(isa, &self.up, row, u);
+                forward_chunk(isa, g, u, out);
+            }
+        });
+    }
+}
+
+/// As [`on_tape`], keeping both inputs in the FP8 of `precision`; the output is exact. Another precision than FP8, and a
+/// tape that does not record, keep no codes and give none.
+pub fn on_tape_cached(tape: &mut Tape, gate: &Var, up: &Var, precision: Precision) -> (Var, Option<Cached>) {
+    let Precision::Fp8 { format, scales } = precision else { return (on_tape(tape, gate, up), None) };
+    let value = forward(&gate.value, &up.value);
+    if !tape.is_recording() {
+        return (tape.leaf(value), None);
+    }
+    let codes = |x: &Var| Fp8::quantize_rows(&x.value, format.forward(), scales);
+    let cached = Cached { gate: codes(gate), up: codes(up) };
+    let kept = Kept::Fp8(cached.clone());
+    let (gate, up) = (gate.id(), up.id());
+    (tape.push(value, |out| Box::new(SwigluBack { gate, up, kept, out })), Some(cached))
+}
+
+/// The inputs as backward finds them.
+enum Kept {
+    Plain(Tensor, Tensor),
+    Fp8(Cached),
 }
 
 struct SwigluBack {
-    gate: Var,
-    up: Var,
+    gate: VarId,
+    up: VarId,
+    kept: Kept,
     out: VarId,
 }
 
 impl Back for SwigluBack {
     fn inputs(self: Box<Self>, grads: &mut Grads) -> Option<Job> {
         let dy = grads.take(self.out)?;
-        let (g, u, dy) = (self.gate.value.as_f32(), self.up.value.as_f32(), dy.as_f32());
+        let (gate, up) = match self.kept {
+            Kept::Plain(gate, up) => (gate, up),
+            Kept::Fp8(cached) => (cached.gate.dequantize(), cached.up.dequantize()),
+        };
+        let (g, u, dy) = (gate.as_f32(), up.as_f32(), dy.as_f32());
         let mut d_gate = buffer(g.len());
         for_row_chunks(&mut d_gate, 1, CHUNK, WORK, |first, chunk| {
             gate_grad_chunk(Isa::best(), &g[first..], &u[first..], &dy[first..], chunk);
@@ -76,9 +140,16 @@ impl Back for SwigluBack {
         for_row_chunks(&mut d_up, 1, CHUNK, WORK, |first, chunk| {
             up_grad_chunk(Isa::best(), &g[first..], &dy[first..], chunk);
         });
-        grads.add(self.gate.id(), Tensor::f32(self.gate.value.shape(), d_gate));
-        grads.add(self.up.id(), Tensor::f32(self.up.value.shape(), d_up));
+        grads.add(self.gate, Tensor::f32(gate.shape(), d_gate));
+        grads.add(self.up, Tensor::f32(up.shape(), d_up));
         None
+    }
+
+    fn saved_swiglu_bytes(&self) -> usize {
+        match &self.kept {
+            Kept::Plain(gate, up) => gate.bytes() + up.bytes(),
+            Kept::Fp8(cached) => cached.bytes(),
+        }
     }
 }
 

@@ -137,6 +137,12 @@ pub trait Back: Send {
     fn saved_input_bytes(&self) -> usize {
         0
     }
+
+    /// Bytes SwiGLU keeps of its two inputs; 0 for every other op.
+    #[doc(hidden)]
+    fn saved_swiglu_bytes(&self) -> usize {
+        0
+    }
 }
 
 /// What was run, so that it can be run backwards.
@@ -168,6 +174,13 @@ impl Tape {
     #[doc(hidden)]
     pub fn saved_input_bytes(&self) -> usize {
         self.steps.iter().map(|step| step.saved_input_bytes()).sum()
+    }
+
+    /// Bytes that the SwiGLUs recorded so far keep of their inputs. A linear layer that computes such an output again
+    /// keeps none of its own.
+    #[doc(hidden)]
+    pub fn saved_swiglu_bytes(&self) -> usize {
+        self.steps.iter().map(|step| step.saved_swiglu_bytes()).sum()
     }
 
     /// Whether ops should save anything for a backward pass.

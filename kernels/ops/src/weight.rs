@@ -10,7 +10,8 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use crate::fp8::{self, Encoding, Fp8, Fp8Format, Fp8Scales, TILE, Tile};
+use crate::activation::Rounding;
+use crate::fp8::{self, Encoding, Exceptions, Fp8, Fp8Format, Fp8Scales, TILE, Tile};
 use crate::gemm::{PANEL, Right, transpose_panel};
 use crate::isa::Isa;
 use crate::{DType, Tensor, bfloat, scratch};
@@ -48,6 +49,7 @@ enum Layout {
 pub struct Weight {
     shape: Vec<usize>,
     precision: Precision,
+    exceptions: Exceptions,
     layout: Layout,
     /// F32, Bf16, or U8 codes, by precision; flat in the panel layout.
     elements: Tensor,
@@ -103,7 +105,14 @@ impl Weight {
 
     fn rows(elements: Tensor) -> Self {
         let shape = elements.shape().to_vec();
-        Self { shape, precision: Precision::F32, layout: Layout::Rows, elements, scales: None }
+        let exceptions = Exceptions::default();
+        Self { shape, precision: Precision::F32, exceptions, layout: Layout::Rows, elements, scales: None }
+    }
+
+    /// The same elements in a layer that takes its products with `exceptions`.
+    #[must_use]
+    pub fn with_exceptions(self, exceptions: Exceptions) -> Self {
+        Self { exceptions, ..self }
     }
 
     /// Shape, `[.., out, in]`.
@@ -114,6 +123,16 @@ impl Weight {
     /// How products with it are taken. FP8 from a checkpoint reads as E4M3 with F32 scales.
     pub fn precision(&self) -> Precision {
         self.precision
+    }
+
+    /// What products with it do otherwise than the precision says.
+    pub fn exceptions(&self) -> Exceptions {
+        self.exceptions
+    }
+
+    /// How the other operands of its products are rounded.
+    pub(crate) fn rounding(&self) -> Rounding {
+        Rounding { precision: self.precision, exceptions: self.exceptions }
     }
 
     /// Resident bytes of elements and scales.

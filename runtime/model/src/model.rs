@@ -115,7 +115,9 @@ impl Model {
         let info = &self.table.params[id as usize];
         assert_eq!(info.shape, master.shape(), "{}", info.name);
         self.prepared = OnceLock::new();
-        self.params[id as usize] = trainable(info, master, self.precision);
+        let param = &mut self.params[id as usize];
+        param.compute = encoded(info.role, &master, self.precision).with_exceptions(param.compute.exceptions());
+        param.master = Some(master);
     }
 
     /// Makes every encoding anew from its master; once per optimiser step.
@@ -124,7 +126,7 @@ impl Model {
         let (table, precision) = (&self.table, self.precision);
         self.params.par_iter_mut().zip(&table.params).for_each(|(param, info)| {
             if let Some(master) = &param.master {
-                param.compute = encoded(info.role, master, precision);
+                param.compute = encoded(info.role, master, precision).with_exceptions(param.compute.exceptions());
             }
         });
     }

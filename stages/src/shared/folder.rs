@@ -6,9 +6,10 @@ use std::path::Path;
 use dsv3_core::{Artifact, Error, FileEntry, kinds::Model as ModelKind};
 use dsv3_data::{ChatTemplate, Tokenizer};
 use dsv3_model::{LoadPrecision, Model, SaveFormat};
-use dsv3_ops::Precision;
 use dsv3_stage::Ctx;
 use serde_json::{Value, json};
+
+use crate::shared::training::TrainingOptions;
 
 /// Largest shard of a published model.
 const SHARD_BYTES: u64 = 4 << 30;
@@ -46,13 +47,14 @@ impl ModelFolder {
         Ok(Self { model: loaded.model, tokenizer, template, carried })
     }
 
-    /// Opens it to be trained in `precision`.
+    /// Opens it to be trained as `training` says.
     pub(crate) fn open_trainable(
         ctx: &Ctx,
         artifact: &Artifact<ModelKind>,
-        precision: Precision,
+        training: &TrainingOptions,
     ) -> Result<Self, Error> {
-        Self::open(ctx, artifact, LoadPrecision::As(precision), true)
+        let folder = Self::open(ctx, artifact, LoadPrecision::As(training.precision), true)?;
+        Ok(Self { model: training.model(folder.model), ..folder })
     }
 
     /// The template to use: the one given in the pipeline, else the folder's.

@@ -1,6 +1,7 @@
 //! Settings and closing figures that all training stages share.
 
 use dsv3_core::Error;
+use dsv3_model::{Fp8Exceptions, Model};
 use dsv3_ops::Precision;
 use dsv3_stage::{Ctx, Problems};
 use dsv3_train::{
@@ -52,6 +53,9 @@ impl Length {
 pub(crate) struct TrainingOptions {
     /// Precision of the products of linear layers: `f32`, `bf16`, or `fp8: {format, scales}`.
     pub(crate) precision: Precision,
+    /// Exceptions of the report's FP8 recipe. Where there is none the key of the stage does not mention them.
+    #[serde(skip_serializing_if = "Fp8Exceptions::is_none")]
+    pub(crate) fp8_exceptions: Fp8Exceptions,
     /// AdamW.
     pub(crate) optimizer: AdamWConfig,
     /// Weight α of the sequence-wise balance loss.
@@ -79,6 +83,7 @@ impl Default for TrainingOptions {
         let trainer = TrainerConfig::default();
         Self {
             precision: Precision::Bf16,
+            fp8_exceptions: Fp8Exceptions::default(),
             optimizer: AdamWConfig::default(),
             balance_alpha: 1e-4,
             checkpoint: CheckpointEvery::default(),
@@ -102,6 +107,12 @@ impl TrainingOptions {
         }
     }
 
+    /// `model`, which has this precision already, as this configuration trains it.
+    pub(crate) fn model(&self, mut model: Model) -> Model {
+        model.set_fp8_exceptions(self.fp8_exceptions);
+        model
+    }
+
     /// Settings of the loop.
     pub(crate) fn run(&self, horizon: Horizon) -> RunOptions {
         RunOptions { horizon, checkpoint: self.checkpoint, validate_steps: self.validate_steps, guard: self.guard }
@@ -116,6 +127,12 @@ impl TrainingOptions {
         }
         if !(self.balance_alpha >= 0.0 && self.balance_alpha.is_finite()) {
             problems.push(format!("{at}.balance_alpha"), "a weight is 0 or more", "");
+        }
+        if !matches!(self.precision, Precision::Fp8 { .. }) {
+            for (name, _) in self.fp8_exceptions.by_name().into_iter().filter(|(_, on)| *on) {
+                let at = format!("{at}.fp8_exceptions.{name}");
+                problems.push(at, "an exception to the FP8 recipe needs FP8", "set `precision: { fp8: {} }` beside it");
+            }
         }
     }
 }

@@ -1,4 +1,5 @@
-//! Bit-level conversion between f32 and the FP8 formats E4M3 (finite only, NaN = S.1111.111) and E5M2.
+//! Bit-level conversion between f32 and the FP8 formats E4M3 (finite only, NaN = S.1111.111) and E5M2; `e5m6.rs` adds a
+//! wider grid to the same arithmetic.
 //!
 //! Codes are round-to-nearest-even, saturating. Above the smallest normal value rounding is an integer addition on
 //! the f32 bits; below it, adding 2^(23 - p), p the exponent of the format's step, lets the FPU round at that step.
@@ -8,7 +9,7 @@ use super::Encoding;
 use crate::isa::simd_fn;
 
 /// One format's constants.
-trait Grid {
+pub(super) trait Grid {
     /// Explicit mantissa bits.
     const MANTISSA: u32;
     /// Exponent bias.
@@ -17,6 +18,10 @@ trait Grid {
     const TOP: u32;
     /// Magnitude code of NaN.
     const NAN: u32;
+    /// Magnitude codes from here on are not finite.
+    const FINITE_END: u32;
+    /// Magnitude code of infinity; no code at all where the format has none.
+    const INFINITY_CODE: u32;
 
     const SHIFT: u32 = 23 - Self::MANTISSA;
     /// Exponent fields differ by this much, in units of the code.
@@ -27,8 +32,6 @@ trait Grid {
     const ROUNDER: u32 = (128 + 23 - Self::BIAS - Self::MANTISSA) << 23;
     /// Bits of 2^(127 - bias), which takes a code's bits, read as an f32 subnormal or normal, to its value.
     const LIFT: u32 = (254 - Self::BIAS) << 23;
-    /// Magnitude codes from here on are not finite.
-    const FINITE_END: u32;
 }
 
 struct E4m3;
@@ -38,6 +41,7 @@ impl Grid for E4m3 {
     const TOP: u32 = 448f32.to_bits();
     const NAN: u32 = 0x7f;
     const FINITE_END: u32 = 0x7f;
+    const INFINITY_CODE: u32 = u32::MAX;
 }
 
 struct E5m2;
@@ -47,16 +51,14 @@ impl Grid for E5m2 {
     const TOP: u32 = 57344f32.to_bits();
     const NAN: u32 = 0x7f;
     const FINITE_END: u32 = 0x7c;
+    const INFINITY_CODE: u32 = 0x7c;
 }
 
 const INFINITY: u32 = f32::INFINITY.to_bits();
 
-/// Rounds `y` to the grid: its code and the value of that code.
+/// Rounds a magnitude, given as f32 bits, to the grid: its code and the bits of that code's value.
 #[inline(always)]
-fn round<G: Grid>(y: f32) -> (u8, f32) {
-    let bits = y.to_bits();
-    let sign = bits & 0x8000_0000;
-    let magnitude = bits & 0x7fff_ffff;
+pub(super) fn round_magnitude<G: Grid>(magnitude: u32) -> (u32, u32) {
     let clamped = if magnitude > G::TOP { G::TOP } else { magnitude };
     let half_minus_one = (1 << (G::SHIFT - 1)) - 1;
     let rounded = clamped.wrapping_add(half_minus_one).wrapping_add((clamped >> G::SHIFT) & 1);
@@ -69,23 +71,34 @@ fn round<G: Grid>(y: f32) -> (u8, f32) {
     let code = if small { small_code } else { normal_code };
     let value = if small { small_value } else { normal_value };
     let nan = magnitude > INFINITY;
-    let code = if nan { G::NAN } else { code };
-    let value = if nan { magnitude } else { value };
+    (if nan { G::NAN } else { code }, if nan { magnitude } else { value })
+}
+
+/// Rounds `y` to the grid: its code and the value of that code.
+#[inline(always)]
+fn round<G: Grid>(y: f32) -> (u8, f32) {
+    let bits = y.to_bits();
+    let sign = bits & 0x8000_0000;
+    let (code, value) = round_magnitude::<G>(bits & 0x7fff_ffff);
     ((code | (sign >> 24)) as u8, f32::from_bits(value | sign))
+}
+
+/// Bits of the value of a magnitude code.
+#[inline(always)]
+pub(super) fn magnitude_value<G: Grid>(magnitude: u32) -> u32 {
+    let finite = f32::from_bits(magnitude << G::SHIFT) * f32::from_bits(G::LIFT);
+    if magnitude < G::FINITE_END {
+        finite.to_bits()
+    } else {
+        // What follows the finite codes: infinity where there is one, then NaN.
+        if magnitude == G::INFINITY_CODE { INFINITY } else { INFINITY | 0x40_0000 }
+    }
 }
 
 #[inline(always)]
 fn value<G: Grid>(code: u8) -> f32 {
     let code = u32::from(code);
-    let magnitude = code & 0x7f;
-    let finite = f32::from_bits(magnitude << G::SHIFT) * f32::from_bits(G::LIFT);
-    let bits = if magnitude < G::FINITE_END {
-        finite.to_bits()
-    } else {
-        // What follows the finite codes: E5M2's infinity, then NaN.
-        if magnitude == 0x7c { INFINITY } else { INFINITY | 0x40_0000 }
-    };
-    f32::from_bits(bits | ((code & 0x80) << 24))
+    f32::from_bits(magnitude_value::<G>(code & 0x7f) | ((code & 0x80) << 24))
 }
 
 pub(super) fn encode_one(y: f32, encoding: Encoding) -> u8 {

@@ -19,6 +19,19 @@ const LANES: usize = 16;
 /// Fewer elements than this are not worth a second thread.
 const SERIAL_ELEMENTS_MAX: usize = 1 << 14;
 
+/// Biased exponent of the smallest power of two that is not below `quotient`: what a UE8M0 byte holds.
+#[inline(always)]
+pub(super) fn exponent_at_least(quotient: f32) -> u32 {
+    let bits = quotient.to_bits();
+    (bits >> 23) + u32::from(bits & 0x7f_ffff != 0)
+}
+
+/// The power of two with this biased exponent. The smallest UE8M0 value, 2^-127, is an f32 subnormal.
+#[inline(always)]
+pub(super) fn power_of_two(exponent: u32) -> f32 {
+    if exponent == 0 { f32::from_bits(0x40_0000) } else { f32::from_bits(exponent << 23) }
+}
+
 /// Scale of a tile and the factor its values are multiplied by before rounding.
 #[inline(always)]
 fn factors(amax_bits: u32, encoding: Encoding, kind: Fp8Scales) -> (f32, f32) {
@@ -32,10 +45,7 @@ fn factors(amax_bits: u32, encoding: Encoding, kind: Fp8Scales) -> (f32, f32) {
         // Below 1e-33 the quotient could overflow, and 0 · ∞ is NaN.
         Fp8Scales::F32 => (amax / top, (top / amax).min(f32::MAX)),
         Fp8Scales::Ue8m0 => {
-            let quotient = (amax / top).to_bits();
-            let exponent = (quotient >> 23) + u32::from(quotient & 0x7f_ffff != 0);
-            // The smallest UE8M0 value, 2^-127, is an f32 subnormal.
-            let scale = if exponent == 0 { f32::from_bits(0x40_0000) } else { f32::from_bits(exponent << 23) };
+            let scale = power_of_two(exponent_at_least(amax / top));
             (scale, 1.0 / scale)
         }
     };
@@ -72,7 +82,7 @@ simd_fn! {
 }
 
 /// Rows per parallel task, so that a task is worth its start.
-fn rows_per_task(cols: usize) -> usize {
+pub(super) fn rows_per_task(cols: usize) -> usize {
     (SERIAL_ELEMENTS_MAX / cols.max(1)).max(1)
 }
 

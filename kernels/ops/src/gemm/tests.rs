@@ -147,7 +147,7 @@ fn an_expert_sees_only_its_rows() {
         for e in 0..experts {
             let range = offsets[e]..offsets[e + 1];
             let rows = Tensor::f32(&[range.len(), k], x.as_f32()[range.start * k..range.end * k].to_vec());
-            let (values, _) = crate::activation::input(&rows, precision, false);
+            let (values, _) = crate::activation::input(&rows, weight.rounding(), false);
             let mut expected = vec![0.0; range.len() * n];
             let w = Mat::transposed(&all.as_f32()[e * n * k..(e + 1) * n * k], k);
             reference((range.len(), n, k), Mat::rows(values.as_f32(), k), w, &mut expected, n, false);
