@@ -84,7 +84,8 @@ fn an_input_with_a_flipped_bit_is_refused_until_it_is_made_again() {
 
 #[test]
 fn a_damaged_checkpoint_is_passed_over_for_the_one_before() {
-    for damage in [cut, flip] {
+    let damages: [(fn(&std::path::Path), bool); 4] = [(cut, false), (flip, false), (cut, true), (flip, true)];
+    for (damage, of_record) in damages {
         let place = Place::new();
         let stop = |event: &Value| {
             let late = event["stage"] == "base" && event["step"].as_u64() >= Some(14);
@@ -96,18 +97,24 @@ fn a_damaged_checkpoint_is_passed_over_for_the_one_before() {
         let mut names: Vec<_> =
             std::fs::read_dir(folder).expect("checkpoints").map(|entry| entry.expect("one").path()).collect();
         names.sort();
-        let newest = std::fs::read(names.last().expect("a checkpoint")).expect("readable");
+        let record = names.last().expect("a checkpoint");
+        let newest = std::fs::read(record).expect("readable");
         let newest: Value = serde_json::from_slice(&newest).expect("JSON");
         let masters =
             newest["files"].as_array().expect("files").iter().find(|file| file["path"] == "masters.safetensors");
         let masters = masters.expect("masters")["digest"].as_str().expect("a digest");
-        damage(&place.blob(masters));
+        let damaged = if of_record { record.clone() } else { place.blob(masters) };
+        let mut permissions = std::fs::metadata(&damaged).expect("a file").permissions();
+        std::os::unix::fs::PermissionsExt::set_mode(&mut permissions, 0o644);
+        std::fs::set_permissions(&damaged, permissions).expect("a writable file");
+        damage(&damaged);
+        let named = damaged.file_name().expect("a name").to_string_lossy();
         let last = place.done(&["--until", "base"]);
         let step = newest["step"].as_u64().expect("a step");
         let started = last.of("stage_started", "base").next().expect("it began");
         assert_eq!(started["resumed_from"].as_u64(), Some(step - 4), "one interval back");
         assert!(
-            last.of("log", "base").any(|event| event["message"].to_string().contains(masters)),
+            last.of("log", "base").any(|event| event["message"].to_string().contains(&*named)),
             "{:?}",
             last.events
         );
