@@ -53,9 +53,10 @@ pub use dsv3_core::{
     Level, Manifest, Outcome, SystemClock, VirtualClock, kinds,
 };
 pub use dsv3_engine::{
-    Diagnostic, Diagnostics, Engine, EngineBuilder, EngineError, Explanation, Floor, HookLimits, InputRef, LoadOptions,
-    Plan, PlannedHook, PlannedInput, PlannedStage, RunOptions, RunReport, RunSummary, Selection, Spec, StageReport,
-    StageState, State,
+    Attempt, Contrast, Diagnostic, Diagnostics, Engine, EngineBuilder, EngineError, Explanation, FigureRow, Floor,
+    HookLimits, InputRef, LoadOptions, Machine, Matrix, Plan, PlannedHook, PlannedInput, PlannedStage, Report,
+    ReportedRun, ReportedStage, RunOptions, RunReport, RunSummary, Selection, Spec, Spread, StageReport, StageState,
+    Standing, State, Variant,
 };
 pub use dsv3_stage::{
     Ctx, Device, HookPort, InputFacts, NoPorts, OutputFacts, PortFacts, PortSpec, Ports, Problems, Stage, StageEntry,

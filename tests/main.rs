@@ -7,6 +7,7 @@ mod golden;
 mod hooks;
 mod pipelines;
 mod proof;
+mod report;
 mod serve;
 mod tidy;
 mod tiny;

@@ -28,13 +28,7 @@ pub(crate) async fn run(args: Args) -> Result<(), Failure> {
     let engine = common::engine();
     let store = common::open_store(&engine, &args.store)?;
     let runs = engine.runs(&store).await?;
-    let id = match args.run.as_str() {
-        "latest" => {
-            let newest = runs.iter().map(|run| run.run.clone()).max();
-            newest.ok_or_else(|| Error::invalid(format!("{} holds no run", args.store)))?
-        }
-        name => engine.find_run(&store, name).await?,
-    };
+    let id = engine.find_run(&store, &args.run).await?;
     let (stage, port) = args
         .output
         .split_once('.')

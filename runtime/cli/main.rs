@@ -11,6 +11,7 @@ mod get;
 mod inspect;
 mod plan;
 mod progress;
+mod report;
 mod resume;
 mod run;
 mod runs;
@@ -50,6 +51,8 @@ enum Command {
     Explain(explain::Args),
     /// List the runs of a store
     Runs(runs::Args),
+    /// Write what runs did: a page with every closing figure, and plots
+    Report(report::Args),
     /// Show an artifact, a stage's result, or the tensors of a safetensors file
     Inspect(inspect::Args),
     /// Copy an artifact out of the store into a folder
@@ -102,6 +105,7 @@ impl Command {
             Self::Plan(args) => args.json,
             Self::Exec(args) => args.json,
             Self::Resume(args) => args.json,
+            Self::Report(args) => args.json,
             _ => false,
         }
     }
@@ -115,6 +119,7 @@ impl Command {
             Self::Resume(args) => resume::run(args).await,
             Self::Explain(args) => explain::run(args).await,
             Self::Runs(args) => runs::run(args).await,
+            Self::Report(args) => report::run(args).await,
             Self::Inspect(args) => inspect::run(args).await,
             Self::Get(args) => get::run(args).await,
             Self::Schema(args) => schema::run(&args),

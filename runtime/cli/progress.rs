@@ -172,7 +172,7 @@ impl Screen {
 }
 
 /// `850 ms`, `12 s`, `3 min 20 s`, `2 h 5 min`.
-fn span(seconds: f64) -> String {
+pub(crate) fn span(seconds: f64) -> String {
     let whole = seconds.round() as u64;
     match whole {
         _ if seconds < 1.0 => format!("{:.0} ms", seconds * 1000.0),

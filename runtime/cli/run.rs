@@ -61,7 +61,18 @@ pub(crate) fn watched(json: bool) -> Result<RunOptions, Failure> {
     let cancel = Cancel::new();
     signals::watch(cancel.clone())?;
     let events = progress::events(json);
-    Ok(RunOptions { events, cancel, ..RunOptions::default() })
+    Ok(RunOptions { events, cancel, command: Some(command()), ..RunOptions::default() })
+}
+
+/// The command line of this process as one would type it, without what only chooses how it talks.
+fn command() -> String {
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-_./:=@,+%".contains(&byte);
+    let words = std::env::args_os().skip(1).map(|word| word.to_string_lossy().into_owned());
+    let quoted = words.filter(|word| word != "--json").map(|word| match !word.is_empty() && word.bytes().all(plain) {
+        true => word,
+        false => format!("'{}'", word.replace('\'', r"'\''")),
+    });
+    std::iter::once("dsv3-pipeline".to_owned()).chain(quoted).collect::<Vec<_>>().join(" ")
 }
 
 /// What guards did and the closing table of a run that ended well, or its failure, which the event stream has told.

@@ -30,7 +30,7 @@ pub(crate) async fn run(args: Args) -> Result<(), Failure> {
 }
 
 /// `2026-11-24 08:20:46` of milliseconds since 1970, by the civil calendar.
-fn utc(unix_millis: u64) -> String {
+pub(crate) fn utc(unix_millis: u64) -> String {
     let (days, seconds) = ((unix_millis / 86_400_000) as i64, unix_millis / 1000 % 86_400);
     // Days to year, month and day with years that begin in March (Howard Hinnant, "chrono-compatible date algorithms").
     let shifted = days + 719_468;

@@ -52,6 +52,17 @@ impl Isa {
     }
 }
 
+/// Name of the instruction set the kernels run on: `AVX-512`, `AVX2` or `portable`. Results do not depend on it.
+pub fn instruction_set() -> &'static str {
+    match Isa::best().kind() {
+        #[cfg(target_arch = "x86_64")]
+        Kind::Avx512 => "AVX-512",
+        #[cfg(target_arch = "x86_64")]
+        Kind::Avx2 => "AVX2",
+        Kind::Portable => "portable",
+    }
+}
+
 /// Defines a function whose body is compiled once per instruction set; its first argument picks one.
 macro_rules! simd_fn {
     ($(#[$meta:meta])* $vis:vis fn $name:ident($($arg:ident: $ty:ty),* $(,)?) $body:block) => {

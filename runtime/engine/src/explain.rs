@@ -80,8 +80,8 @@ pub struct Explanation {
 }
 
 /// What is known of one stage.
-struct Known {
-    state: StageState,
+pub(crate) struct Known {
+    pub(crate) state: StageState,
     record: Option<KeyRecord>,
     result: Option<StageResult>,
 }
@@ -159,7 +159,7 @@ impl Engine {
     }
 
     /// Looks at the stages in order; with `only`, at those alone.
-    async fn know(
+    pub(crate) async fn know(
         &self,
         store: &Store,
         plan: &Plan,

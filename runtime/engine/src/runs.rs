@@ -6,7 +6,7 @@ use dsv3_core::Error;
 use dsv3_store::Store;
 use serde::Serialize;
 
-use crate::{Engine, error::EngineError, plan::Plan};
+use crate::{Engine, error::EngineError, machine::Machine, plan::Plan};
 
 /// One stored run.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -23,6 +23,10 @@ pub struct RunSummary {
     pub stages: BTreeMap<String, String>,
     /// Key by stage, as far as the run came.
     pub keys: BTreeMap<String, String>,
+    /// Machines of the processes that worked on it; empty when it does not say.
+    pub machines: Vec<Machine>,
+    /// How a person would start it again, if whoever started it said so.
+    pub command: Option<String>,
 }
 
 impl Engine {
@@ -38,16 +42,18 @@ impl Engine {
         Ok(runs)
     }
 
-    /// The full id of a run: `text` is an id, the beginning of exactly one, or `last`.
+    /// The full id of a run: `text` is an id, the beginning of exactly one, or `last` (or `latest`).
     ///
     /// # Errors
     /// Invalid when there is no such run, or when several begin like this.
     pub async fn find_run(&self, store: &Store, text: &str) -> Result<String, EngineError> {
         let runs = store.list_runs().await?;
         let url = store.url();
-        if text == "last" {
-            let last = runs.last().cloned();
-            return last.ok_or_else(|| Error::invalid(format!("the store {url} holds no runs")).into());
+        if matches!(text, "last" | "latest") {
+            let none = || Error::invalid(format!("the store {url} holds no runs"));
+            let help =
+                || format!("`dsv3-pipeline run PIPELINE --store {url}` makes one; `--store` names another store");
+            return runs.last().cloned().ok_or_else(|| none().help(help()).into());
         }
         let begins: Vec<&String> = runs.iter().filter(|run| !text.is_empty() && run.starts_with(text)).collect();
         match begins.as_slice() {
@@ -82,6 +88,8 @@ pub(crate) async fn summary(store: &Store, run: String) -> Result<RunSummary, En
         unix_millis: status.map_or(0, |status| status.unix_millis),
         stages: words("outcome"),
         keys: words("key"),
+        machines: serde_json::from_value(detail["machines"].clone()).unwrap_or_default(),
+        command: detail["command"].as_str().map(str::to_owned),
         run,
     })
 }

@@ -1,5 +1,6 @@
 //! The engine on tiny stages of its own: cache, kill and resume, exec, explain, selection, diagnostics.
 
+mod report;
 mod stages;
 
 use std::{

@@ -58,7 +58,7 @@ pub use closing::Closing;
 pub use ctx::{Ctx, CtxParts};
 pub use dsv3_core::{Artifact, ArtifactRef, Bound, Error, ErrorKind, FileEntry, Kind, kinds};
 pub use dsv3_hooks::{Hook, World};
-pub use dsv3_ops::Device;
+pub use dsv3_ops::{Device, instruction_set};
 pub use entry::{HookPort, Stage, StageEntry};
 pub use facts::{InputFacts, OutputFacts, PortFacts, Problem, Problems};
 pub use keys::KeyClass;

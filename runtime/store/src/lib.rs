@@ -35,4 +35,4 @@ pub use host::{Holder, nonce};
 pub use lease::{Lease, LeaseOptions};
 pub use object::{Create, Store};
 pub use result::{OutputEntry, StageResult};
-pub use runs::{EventLog, RunStatus};
+pub use runs::{EventLog, RunStatus, parse_events};

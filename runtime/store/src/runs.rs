@@ -95,19 +95,29 @@ impl Store {
 
     /// All events of a run, in the order they were stored. A line that cannot be read is skipped.
     pub async fn read_events(&self, id: &str) -> Result<Vec<Event>> {
+        Ok(parse_events(&self.read_event_segments(id).await?))
+    }
+
+    /// The segments of a run's events as stored, for a reader that looks before it parses them with [`parse_events`].
+    pub async fn read_event_segments(&self, id: &str) -> Result<Vec<Bytes>> {
         let folder = format!("runs/{id}/events");
-        let mut events = Vec::new();
+        let mut segments = Vec::new();
         for name in self.list(&folder).await? {
-            let bytes = self.read(&format!("{folder}/{name}")).await?;
-            events.extend(bytes.split(|byte| *byte == b'\n').filter_map(|line| serde_json::from_slice(line).ok()));
+            segments.push(self.read(&format!("{folder}/{name}")).await?);
         }
-        Ok(events)
+        Ok(segments)
     }
 
     async fn last_number(&self, folder: &str, suffix: &str) -> Result<u64> {
         let names = self.list(folder).await?;
         Ok(names.iter().filter_map(|name| name.strip_suffix(suffix)?.parse().ok()).max().unwrap_or(0))
     }
+}
+
+/// The events of segments, in order. A line that cannot be read is skipped.
+pub fn parse_events(segments: &[Bytes]) -> Vec<Event> {
+    let lines = segments.iter().flat_map(|segment| segment.split(|byte| *byte == b'\n'));
+    lines.filter_map(|line| serde_json::from_slice(line).ok()).collect()
 }
 
 fn numbered(folder: &str, number: u64, suffix: &str) -> String {

@@ -8,7 +8,7 @@ use dsv3_core::{Bound, Figure};
 use crate::{plan::PlannedStage, spec::Floor};
 
 /// The figures of a stage as the pipeline judges them. A metric with a floor that the stage did not measure misses it.
-pub(super) fn judge(stage: &PlannedStage, metrics: &BTreeMap<String, Figure>) -> BTreeMap<String, Figure> {
+pub(crate) fn judge(stage: &PlannedStage, metrics: &BTreeMap<String, Figure>) -> BTreeMap<String, Figure> {
     let mut figures = metrics.clone();
     for (name, floor) in &stage.floors {
         let measured = metrics.get(name);

@@ -3,15 +3,16 @@
 //! There is one execution path: [`Engine::run`] walks the stages of a new run, [`Engine::resume`] those of a stored one,
 //! [`Engine::exec`] exactly one stage of a stored run, in whatever process a batch queue or another engine calls it.
 
-mod floors;
+pub(crate) mod floors;
 mod select;
 mod stage;
+mod status;
 
 use std::collections::BTreeMap;
 
 use dsv3_core::{Cancel, Digest, Error, ErrorKind, Event, Events, Figure, Level, Outcome, run_id};
 use dsv3_store::{EventLog, RunStatus, StageResult, Store, nonce};
-use serde_json::{Value, json};
+use serde_json::Value;
 
 pub use select::Selection;
 
@@ -19,6 +20,7 @@ use crate::{
     Engine,
     cached::{self, Found, Missing},
     error::{EngineError, chain},
+    machine::Machine,
     plan::{Plan, PlannedStage},
 };
 
@@ -35,12 +37,14 @@ pub struct RunOptions {
     pub threads: Option<usize>,
     /// Whether a serving stage keeps running until it is cancelled.
     pub stay: bool,
+    /// How a person would start this run again, for its status and `report`.
+    pub command: Option<String>,
 }
 
 impl Default for RunOptions {
     fn default() -> Self {
         let (events, cancel) = (Events::none(), Cancel::new());
-        Self { select: Selection::All, events, cancel, threads: None, stay: false }
+        Self { select: Selection::All, events, cancel, threads: None, stay: false, command: None }
     }
 }
 
@@ -282,12 +286,10 @@ impl Run<'_> {
     }
 
     async fn write_status(&self, state: &str) -> Result<(), Error> {
-        let stages: BTreeMap<&str, Value> = self
-            .reports
-            .iter()
-            .map(|report| (report.stage.as_str(), json!({ "key": report.key, "outcome": state_name(&report.outcome) })))
-            .collect();
-        let detail = json!({ "pipeline": self.plan.name, "stages": stages });
+        let before = self.store.read_status(self.id).await?.map(|status| status.detail);
+        let machine = Machine::this(self.options.threads.or(self.plan.threads));
+        let command = self.options.command.as_deref();
+        let detail = status::detail(before, &self.plan.name, command, &machine, &self.reports);
         let unix_millis = self.engine.clock.unix_millis();
         let status = RunStatus { format: RunStatus::FORMAT, state: state.to_owned(), unix_millis, detail };
         Ok(self.store.write_status(self.id, &status).await?)
