@@ -49,8 +49,8 @@
 //! ```
 
 pub use dsv3_core::{
-    Artifact, ArtifactRef, Bound, Cancel, Clock, Digest, Error, ErrorKind, Event, Events, Figure, FileEntry, Kind,
-    Level, Manifest, Outcome, SystemClock, VirtualClock, kinds,
+    Artifact, ArtifactRef, Bound, Cancel, Clock, Digest, Error, ErrorKind, Event, Events, Figure, FileEntry,
+    GuardAction, GuardRecord, Kind, Level, Manifest, Outcome, SystemClock, VirtualClock, kinds,
 };
 pub use dsv3_engine::{
     Attempt, Contrast, Diagnostic, Diagnostics, Engine, EngineBuilder, EngineError, Explanation, FigureRow, Floor,

@@ -1,4 +1,4 @@
-//! `report` as a user sees it: the page and the plots of a whole tiny life, several seeds, the guard's lineage, refusals.
+//! `report` as a user sees it: page and plots of a whole tiny life, several seeds, the guard's lineage, refusals.
 
 use std::{collections::BTreeMap, path::Path, process::Output};
 
@@ -143,15 +143,18 @@ fn what_the_guard_did_is_in_the_report() {
         let mut result: StageResult = store.read_result(&key).await.expect("a record").expect("a result");
         result.lineage = json!({ "guard": [
             { "action": "skipped", "step": 5, "last_step": 5, "samples": [24, 32], "loss": null },
-            { "action": "rewound", "step": 9, "last_step": 11, "samples": [56, 80], "loss": 9.25 },
+            { "action": "rewound", "step": 9, "last_step": 11, "samples": [56, 80], "loss": 9.25, "back_to_step": 4 },
         ]});
         store.delete(&format!("stages/{key}/result.json")).await.expect("a deleted record");
         store.commit_result(&key, &result).await.expect("a new record");
     });
     let (_, files) = report(&place, &[]);
     let page = &files["report.md"];
-    assert!(page.contains("| seed 3 | `base` | skipped the step | 5 | not finite | none |"), "{page}");
-    assert!(page.contains("| seed 3 | `base` | went back to a checkpoint | 9–11 | 9.250 | 56..80 |"), "{page}");
+    assert!(page.contains("| seed 3 | `base` | skipped the step | 5 | not finite | 24..32 |"), "{page}");
+    assert!(
+        page.contains("| seed 3 | `base` | went back to step 4, left the samples out | 9–11 | 9.250 | 56..80 |"),
+        "{page}"
+    );
 }
 
 #[test]

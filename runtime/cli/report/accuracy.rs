@@ -113,8 +113,8 @@ impl Plot<'_, '_> {
     fn bars(&self, contrast: &Contrast, top: i32) -> Result<(), Error> {
         let middle = top + contrast.variants.len() as i32 * BAR / 2;
         self.text(&contrast.figure, (self.left - 10 * UNITS, middle), MEDIUM, HPos::Right)?;
-        let rows = contrast.variants.iter().enumerate();
-        rows.into_iter().try_for_each(|(i, (variant, spread))| self.bar(*variant, *spread, top + i as i32 * BAR))
+        let mut rows = contrast.variants.iter().enumerate();
+        rows.try_for_each(|(i, (variant, spread))| self.bar(*variant, *spread, top + i as i32 * BAR))
     }
 
     fn bar(&self, variant: Variant, spread: Spread, top: i32) -> Result<(), Error> {

@@ -1,7 +1,7 @@
 //! The training curves: a panel for each training stage, a line for each run, validation as points.
 //!
-//! A stage is a training stage when it logged a loss by step. Where it logged a mean reward too, as a policy does, that is
-//! drawn: a policy's loss says nothing. A series of more steps than a panel has room for is drawn as means over equal
+//! A stage is a training stage when it logged a loss by step. Where it logged a mean reward too, as a policy does, that
+//! is drawn: a policy's loss says nothing. A series of more steps than a panel has room for is drawn as means over equal
 //! numbers of steps, and the panel's title says how many.
 
 use dsv3_core::Error;

@@ -1,8 +1,7 @@
 //! The page: runs, stages, closing figures with floors, matrices by length and depth, what the guard did.
 
-use dsv3_core::{Bound, Figure};
+use dsv3_core::{Bound, Figure, GuardAction, GuardRecord};
 use dsv3_engine::{FigureRow, Matrix, Report, ReportedRun, ReportedStage, Spread, Standing, Variant};
-use serde_json::Value;
 
 use super::{counted, labels};
 use crate::{progress::span, runs::utc, table::number};
@@ -203,18 +202,17 @@ fn guard(report: &Report) -> String {
     let (mut rows, mut other) = (Vec::new(), Vec::new());
     for (run, label) in report.runs.iter().zip(labels(&report.runs)) {
         for stage in &run.stages {
-            for (subject, value) in stage.lineage.as_object().into_iter().flatten() {
-                match (subject.as_str(), value.as_array()) {
-                    ("guard", Some(records)) => rows.extend(records.iter().map(|one| intervention(&label, stage, one))),
-                    _ => other.push(format!("- {label}, `{}`, {}: `{value}`", stage.stage, cell(subject))),
-                }
-            }
+            rows.extend(stage.incidents.iter().map(|record| incident(&label, stage, record)));
+            let subjects = stage.lineage.as_object().into_iter().flatten();
+            let others = subjects.filter(|(subject, _)| *subject != GuardRecord::SUBJECT);
+            other
+                .extend(others.map(|(name, value)| format!("- {label}, `{}`, {}: `{value}`", stage.stage, cell(name))));
         }
     }
     let finished = report.runs.iter().flat_map(|run| &run.stages).any(ReportedStage::has_finished);
     let mut parts = Vec::new();
     if !rows.is_empty() {
-        let head = texts(["run", "stage", "what the guard did", "steps", "loss", "samples excluded"]);
+        let head = texts(["run", "stage", "what the guard did", "steps", "loss", "samples without effect"]);
         parts.push(table(&head, "<<<>>>", &rows));
     } else if finished {
         parts.push("No finished stage skipped a step, went back or left out a sample.".to_owned());
@@ -238,25 +236,19 @@ fn guard(report: &Report) -> String {
     parts.join("\n\n")
 }
 
-fn intervention(label: &str, stage: &ReportedStage, record: &Value) -> Vec<String> {
-    let whole = |field: &str| record[field].as_u64().map_or("?".to_owned(), |value| value.to_string());
-    let steps = match (whole("step"), whole("last_step")) {
-        (first, last) if first == last => first,
-        (first, last) => format!("{first}–{last}"),
+fn incident(label: &str, stage: &ReportedStage, record: &GuardRecord) -> Vec<String> {
+    let GuardRecord { action, step, last_step, samples: [from, to], loss, back_to_step, updates } = record;
+    let what = match (action, updates) {
+        (GuardAction::Skipped, None) => "skipped the step".to_owned(),
+        (GuardAction::Skipped, Some([skipped, all])) => format!("skipped {skipped} of {all} updates"),
+        (GuardAction::Rewound, _) => match back_to_step {
+            Some(step) => format!("went back to step {step}, left the samples out"),
+            None => "went back to a checkpoint, left the samples out".to_owned(),
+        },
     };
-    let samples = match record["samples"].as_array().map(Vec::as_slice) {
-        Some([from, to]) => format!("{from}..{to}"),
-        _ => "?".to_owned(),
-    };
-    let rewound = record["action"] == "rewound";
-    let action = match record["action"].as_str() {
-        Some("skipped") => "skipped the step".to_owned(),
-        Some("rewound") => "went back to a checkpoint".to_owned(),
-        other => cell(other.unwrap_or("?")),
-    };
-    let loss = record["loss"].as_f64().map_or("not finite".to_owned(), number);
-    let samples = if rewound { samples } else { "none".to_owned() };
-    vec![label.to_owned(), format!("`{}`", stage.stage), action, steps, loss, samples]
+    let steps = if step == last_step { step.to_string() } else { format!("{step}–{last_step}") };
+    let loss = loss.map_or("not finite".to_owned(), number);
+    vec![label.to_owned(), format!("`{}`", stage.stage), what, steps, loss, format!("{from}..{to}")]
 }
 
 fn stages(run: &ReportedRun) -> String {

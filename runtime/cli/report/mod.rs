@@ -1,7 +1,7 @@
 //! `dsv3-pipeline report [RUN...]`: what runs did, as a page (`report.md`) and two plots (`loss.svg`, `accuracy.svg`).
 //!
-//! Everything comes from the stores of the runs: no pipeline file is read, nothing is computed, no run is disturbed. Several
-//! runs are several seeds of one pipeline: the page has mean and spread, the plots a line a run and error bars.
+//! Everything comes from the stores of the runs: no pipeline file is read, nothing is computed, no run is disturbed.
+//! Several runs are several seeds of one pipeline: the page has mean and spread, the plots a line a run and error bars.
 
 mod accuracy;
 mod loss;
@@ -36,7 +36,7 @@ pub(crate) struct Args {
     /// Beginning of the names of the files, such as `full-`
     #[arg(long, value_name = "TEXT", default_value = "")]
     prefix: String,
-    /// Put plots and closing tables into this Markdown file too, between its lines `<!-- report -->` and `<!-- /report -->`
+    /// Put plots and tables into this Markdown file too, between its lines `<!-- report -->` and `<!-- /report -->`
     #[arg(long, value_name = "FILE")]
     into: Option<PathBuf>,
     /// Print the data of the report as one JSON value

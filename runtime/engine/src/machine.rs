@@ -51,8 +51,8 @@ fn cpu() -> Result<String, Error> {
 
 /// The first `model name` of a `/proc/cpuinfo`, its spaces made single.
 fn cpu_of(cpuinfo: &str) -> Option<String> {
-    let named = cpuinfo.lines().filter_map(|line| line.split_once(':'));
-    let (_, name) = named.into_iter().find(|(field, _)| field.trim() == "model name")?;
+    let mut named = cpuinfo.lines().filter_map(|line| line.split_once(':'));
+    let (_, name) = named.find(|(field, _)| field.trim() == "model name")?;
     Some(name.split_whitespace().collect::<Vec<_>>().join(" "))
 }
 

@@ -16,7 +16,8 @@ fn run(seed: u64) -> ReportedRun {
         unlogged: false,
         warnings: Vec::new(),
         figures: BTreeMap::new(),
-        lineage: Value::Null,
+        incidents: Vec::new(),
+        lineage: serde_json::Value::Null,
         series: BTreeMap::new(),
     };
     ReportedRun {

@@ -85,6 +85,7 @@ fn begin(planned: &PlannedStage, own: &[Event], known: &RunSummary) -> ReportedS
         unlogged: false,
         warnings: Vec::new(),
         figures: BTreeMap::new(),
+        incidents: Vec::new(),
         lineage: Value::Null,
         series: BTreeMap::new(),
     }
@@ -167,6 +168,7 @@ async fn finish(
     match store.read_result(key).await {
         Ok(Some(result)) => {
             stage.figures = floors::judge(planned, &result.metrics);
+            stage.incidents = result.incidents();
             stage.lineage = result.lineage;
         }
         Ok(None) => stage.warnings.push("its result is no longer in the store".to_owned()),

@@ -1,8 +1,8 @@
-//! What runs did, from their store alone: state, stages, closing figures with mean and spread, metrics by step, lineage.
+//! What runs did, from their stores alone: state, stages, closing figures with mean and spread, metrics, lineage.
 //!
-//! Several runs of one report are meant to be several seeds of one pipeline. Everything comes from stored plans, statuses,
-//! event logs and results; no pipeline file is read and nothing is computed again. Metrics of a cached stage come from the
-//! logs of the runs that computed it, found by the stage's key; where no log has them the report says so.
+//! Several runs of one report are meant to be several seeds of one pipeline. Everything comes from stored plans,
+//! statuses, event logs and results; no pipeline file is read and nothing is computed again. Metrics of a cached stage
+//! come from the logs of the runs that computed it, found by the stage's key; where no log has them the report says so.
 
 mod families;
 mod gather;
@@ -11,7 +11,7 @@ mod spread;
 
 use std::collections::BTreeMap;
 
-use dsv3_core::{Error, Figure};
+use dsv3_core::{Error, Figure, GuardRecord};
 use dsv3_store::Store;
 use serde::Serialize;
 use serde_json::Value;
@@ -66,7 +66,9 @@ pub struct ReportedStage {
     pub warnings: Vec<String>,
     /// Closing figures, judged by the floors of the run's plan; empty until it has finished.
     pub figures: BTreeMap<String, Figure>,
-    /// What happened on the way, by subject.
+    /// What the guard of a training stage did.
+    pub incidents: Vec<GuardRecord>,
+    /// What happened on the way, by subject; the guard's records among it.
     pub lineage: Value,
     /// Metrics as `[step, value]` by name, each step once.
     pub series: BTreeMap<String, Vec<(u64, f64)>>,

@@ -155,5 +155,6 @@ async fn lineage_is_that_of_the_result_and_a_begun_stage_is_told_as_such() {
     let stages = &report.runs[0].stages;
     assert_eq!((&stages[0].standing, stages[0].seconds()), (&Standing::Ran, Some(2.0)));
     assert_eq!(stages[0].lineage["guard"], guard);
+    assert_eq!(stages[0].incidents[0].samples, [300, 324]);
     assert_eq!(stages[1].standing, Standing::Begun);
 }
