@@ -84,8 +84,7 @@ fn an_input_with_a_flipped_bit_is_refused_until_it_is_made_again() {
 
 #[test]
 fn a_damaged_checkpoint_is_passed_over_for_the_one_before() {
-    let damages: [(fn(&std::path::Path), bool); 4] = [(cut, false), (flip, false), (cut, true), (flip, true)];
-    for (damage, of_record) in damages {
+    for (damage, of_record) in [(cut as fn(&std::path::Path), false), (flip, false), (cut, true), (flip, true)] {
         let place = Place::new();
         let stop = |event: &Value| {
             let late = event["stage"] == "base" && event["step"].as_u64() >= Some(14);

@@ -53,8 +53,8 @@ fn values(ended: &Ended, stage: &str, name: &str) -> Vec<(u64, Option<f64>)> {
 
 /// The last value that a metric had at a step.
 fn value(ended: &Ended, stage: &str, name: &str, step: u64) -> f64 {
-    let of_step = values(ended, stage, name).into_iter().filter(|(at, _)| *at == step);
-    of_step.last().and_then(|(_, value)| value).unwrap_or_else(|| panic!("{name} at {step}: {}", ended.errors))
+    let mut of_step = values(ended, stage, name).into_iter().filter(|(at, _)| *at == step);
+    of_step.next_back().and_then(|(_, value)| value).unwrap_or_else(|| panic!("{name} at {step}: {}", ended.errors))
 }
 
 fn warnings(ended: &Ended, stage: &str) -> Vec<String> {
