@@ -1,8 +1,8 @@
 //! The training curves: a panel for each training stage, a line for each run, validation as points.
 //!
 //! A stage is a training stage when it logged a loss by step. Where it logged a mean reward too, as a policy does, that
-//! is drawn: a policy's loss says nothing. A series of more steps than a panel has room for is drawn as means over equal
-//! numbers of steps, and the panel's title says how many.
+//! is drawn: a policy's loss says nothing. A long series is drawn as means over equal
+//! numbers of steps, since single steps are mostly noise, and the panel's title says how many.
 
 use dsv3_core::Error;
 use dsv3_engine::{Report, ReportedStage};
@@ -18,7 +18,7 @@ const LINES: [(&str, &str); 2] = [("reward_mean", "mean reward"), ("loss", "loss
 /// Metric drawn as points beside the loss.
 const POINTS: &str = "val_loss";
 /// Most points of a line.
-const POINTS_MAX: usize = 240;
+const POINTS_MAX: usize = 60;
 /// Panels of a picture's row, by the number of panels; more make rows of three.
 const A_ROW: [usize; 5] = [1, 1, 2, 3, 2];
 const PANEL_HEIGHT: i32 = 250 * UNITS;

@@ -149,7 +149,7 @@ fn figure_line(report: &Report, row: &FigureRow, judged: bool) -> Vec<String> {
 
 fn floor(figure: &Figure) -> Option<String> {
     let side = if figure.bound == Some(Bound::AtMost) { "≤" } else { "≥" };
-    figure.floor.map(|floor| format!("{side} {}", number(floor)))
+    figure.floor.map(|floor| format!("{side} {floor}"))
 }
 
 fn verdict(report: &Report, row: &FigureRow) -> String {
@@ -285,6 +285,7 @@ fn standing(run: &ReportedRun, stage: &ReportedStage) -> String {
         Standing::Failed { messages } => format!("failed: {}", cell(&messages.join(": "))),
         Standing::Begun => "begun; it runs, or its process is gone".to_owned(),
         Standing::Lent => "not asked for, found finished".to_owned(),
+        Standing::Unasked => "not asked for".to_owned(),
         Standing::Waiting => "not reached".to_owned(),
     };
     if stage.unlogged {

@@ -53,7 +53,7 @@ fn a_missed_floor_names_the_run_and_a_missing_figure_its_n() {
         vec![row("score", vec![floored(0.75), floored(0.25)]), row("loss", vec![Some(Figure::new(2.0)), None])];
     let text = tables(&report(vec![run(7), run(11)], figures));
     assert!(text.contains("1 of 2 floors met."), "{text}");
-    let score = "| `base.score` | ≥ 0.5000 | 0.7500 | 0.2500 | 0.5000 | 0.3536 | **missed** by seed 11 |  |";
+    let score = "| `base.score` | ≥ 0.5 | 0.7500 | 0.2500 | 0.5000 | 0.3536 | **missed** by seed 11 |  |";
     assert!(text.contains(score), "{text}");
     assert!(text.contains("| `base.loss` | 2 | – | 2 | – (n = 1) |"), "{text}");
 }

@@ -106,10 +106,12 @@ async fn lend(engine: &Engine, store: &Store, plan: &Plan, own: &[Event], stages
         return;
     }
     // A plan of another version of the program, or of a host's own stages, is reported without them.
-    let Ok(known) = engine.know(store, plan, None).await else { return };
-    for (stage, known) in stages.iter_mut().zip(known) {
-        if lent(stage) && known.state.state == State::Cached {
-            (stage.key, stage.standing) = (known.state.key, Standing::Lent);
+    let mut known = engine.know(store, plan, None).await.unwrap_or_default().into_iter();
+    for stage in stages {
+        let found = known.next().filter(|known| known.state.state == State::Cached);
+        if lent(stage) {
+            stage.standing = if found.is_some() { Standing::Lent } else { Standing::Unasked };
+            stage.key = found.and_then(|known| known.state.key);
         }
     }
 }

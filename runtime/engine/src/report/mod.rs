@@ -41,6 +41,8 @@ pub enum Standing {
     Begun,
     /// The run was not asked for it; its result was there.
     Lent,
+    /// The run was not asked for it, and nobody has finished it.
+    Unasked,
     /// The run has not come to it.
     Waiting,
 }

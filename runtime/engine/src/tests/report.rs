@@ -107,7 +107,7 @@ async fn stages_that_were_not_asked_for_lend_their_figures() {
     let only = fixture.engine.run(&plan, &options).await.unwrap();
     let report = fixture.report(&[&only.run]).await;
     let standings: Vec<&Standing> = report.runs[0].stages.iter().map(|stage| &stage.standing).collect();
-    assert_eq!(standings, [&Standing::Lent, &Standing::Ran, &Standing::Waiting]);
+    assert_eq!(standings, [&Standing::Lent, &Standing::Ran, &Standing::Unasked]);
     assert_eq!(report.runs[0].stages[0].attempts[0].run, first.run);
     // A later walk of the same run adds to what its status says of others.
     fixture.engine.exec(&fixture.store, &only.run, "both", &fixture.options()).await.unwrap();
