@@ -68,6 +68,44 @@ impl Stage for Count {
     }
 }
 
+ports! {
+    /// What the broken stage makes.
+    struct Broken {
+        /// A model nobody can load.
+        model: Artifact<kinds::Model>,
+    }
+}
+
+/// Publishes a model whose file `config.wrong` says is damaged.
+struct Break;
+
+/// Options of the broken stage.
+#[derive(serde::Serialize, serde::Deserialize, schemars::JsonSchema)]
+#[serde(deny_unknown_fields)]
+struct BreakConfig {
+    /// The damaged file.
+    wrong: String,
+}
+
+impl Stage for Break {
+    const NAME: &'static str = "host_break";
+    const VERSION: u32 = 1;
+    const ABOUT: &'static str = "Makes a damaged model.";
+    type Config = BreakConfig;
+    type Inputs = dsv3_pipeline::NoPorts;
+    type Outputs = Broken;
+
+    fn run(config: BreakConfig, _: dsv3_pipeline::NoPorts, ctx: &mut Ctx) -> Result<Broken, Error> {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/oracles/hf-tiny");
+        let mut files = Vec::new();
+        for name in ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"] {
+            let good = std::fs::read(folder.join(name)).expect("the reference");
+            files.push(ctx.put(name, if name == config.wrong { good[..good.len() / 2].to_vec() } else { good })?);
+        }
+        Ok(Broken { model: ctx.publish(files, json!({}))? })
+    }
+}
+
 fn engine(store: &Store) -> Engine {
     Engine::builder().stages(ALL).stages(&[StageEntry::of::<Count>()]).store(store.clone()).build()
 }
@@ -175,5 +213,35 @@ fn a_panic_of_the_hosts_stage_ends_the_run_and_not_the_process() {
         let error = engine.run(&plan, &RunOptions::default()).await.expect_err("a failed run");
         assert_eq!(error.kind(), ErrorKind::Internal);
         assert!(error.to_string().contains("stage `host`"), "{error}");
+    });
+}
+
+/// The scratch folder in which a stage sees its inputs says nothing to a person.
+#[test]
+fn a_damaged_file_of_an_artifact_is_named_as_what_it_is() {
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("a runtime");
+    let dir = tempfile::tempdir().expect("a folder");
+    runtime.block_on(async {
+        for store in [Store::with_memory(), Store::open(&dir.path().join("runs").display().to_string()).expect("a store")] {
+            let stages = [StageEntry::of::<Break>()];
+            let engine = Engine::builder().stages(ALL).stages(&stages).store(store.clone()).build();
+            for wrong in ["model.safetensors", "tokenizer.json", "tokenizer_config.json", "config.json"] {
+                let text = format!(
+                    "version: 1\nstages:\n  made: {{ type: host_break, config: {{ wrong: {wrong} }} }}\n  out: {{ type: export, \
+                     inputs: {{ model: made.model }} }}\n"
+                );
+                let spec = engine.load_text("inline.yaml", &text, dir.path(), &LoadOptions::default());
+                let plan = engine.plan(spec.unwrap_or_else(|report| panic!("{report}"))).await.expect("a plan");
+                let error = engine.run(&plan, &RunOptions::default()).await.expect_err("a damaged model");
+                assert_eq!(error.kind(), ErrorKind::Data, "{error}");
+                let (said, root) = (error.to_string(), store.display_path("blobs/"));
+                assert!(said.starts_with("stage `out`: ") && said.contains("`made.model`"), "{said}");
+                assert!(!said.contains("artifacts/"), "{said}");
+                if wrong != "config.json" {
+                    assert!(said.contains(&root) && said.contains(&format!("(file {wrong} of `made.model`)")), "{said}");
+                }
+            }
+        }
     });
 }

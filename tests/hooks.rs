@@ -6,36 +6,14 @@ use std::{
     process::Command,
 };
 
-use crate::tiny::{Place, file};
-use wit_component::{ComponentEncoder, StringEncoding, embed_component_metadata};
+use crate::{
+    guest::{DEEP, ENDLESS, GREEDY, broken_scores, broken_verdicts, filter, reward},
+    proof::runtime::lived,
+    tiny::{Place, file},
+};
 
 fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
-}
-
-/// A `document-filter` whose `judge` runs `body`; it configures itself and never answers.
-fn filter(body: &str) -> Vec<u8> {
-    let text = format!(
-        r#"(module
-  (memory (export "memory") 2)
-  (global $top (mut i32) (i32.const 65536))
-  (func (export "cabi_realloc") (param i32 i32 i32 i32) (result i32)
-    (local $at i32)
-    (local.set $at (i32.and (i32.add (global.get $top) (i32.const 7)) (i32.const -8)))
-    (global.set $top (i32.add (local.get $at) (local.get 3)))
-    (if (i32.gt_u (global.get $top) (i32.mul (memory.size) (i32.const 65536)))
-      (then (if (i32.eq (memory.grow (i32.const 16)) (i32.const -1)) (then unreachable))))
-    (local.get $at))
-  (func (export "dsv3:hooks/filter@0.1.0#configure") (param i32 i32) (result i32)
-    (i32.store8 (i32.const 16) (i32.const 0)) (i32.const 16))
-  (func (export "dsv3:hooks/filter@0.1.0#judge") (param i32 i32 i32 i32) (result i32) {body}))"#
-    );
-    let mut module = wat::parse_str(text).expect("a module");
-    let mut resolve = wit_parser::Resolve::default();
-    let package = resolve.push_file(root().join("schemas/hooks/hooks.wit")).expect("the package");
-    let world = resolve.select_world(&[package], Some("document-filter")).expect("the world");
-    embed_component_metadata(&mut module, &resolve, world, StringEncoding::UTF8).expect("metadata");
-    ComponentEncoder::default().module(&module).expect("a module").encode().expect("a component")
 }
 
 struct Dir(tempfile::TempDir);
@@ -88,17 +66,45 @@ impl Dir {
 }
 
 #[test]
-fn a_hook_that_traps_or_loops_ends_its_stage_and_nothing_else() {
-    for (body, parts) in [
-        ("unreachable", ["hook `hostile`", "trapped"]),
-        ("(loop (br 0)) (i32.const 0)", ["hook `hostile`", "deadline of 300 ms"]),
-        ("(loop (drop (memory.grow (i32.const 100))) (br 0)) (i32.const 0)", ["hook `hostile`", "batch 0"]),
-    ] {
-        let hook = "hooks:\n  hostile: { wasm: hostile.wasm, world: document-filter, limits: { deadline_ms: 300, memory_mb: 16 } }\n";
+fn a_filter_that_fails_ends_its_stage_and_nothing_else() {
+    let hook = "hooks:\n  hostile: { wasm: hostile.wasm, world: document-filter, limits: { deadline_ms: 300, memory_bytes: 16000000 } }\n";
+    let line = "good.jsonl: line 1: the document filter failed";
+    let ways = [
+        ("unreachable", "batch 0, item 0: it trapped: "),
+        (ENDLESS, "batch 0: it ran longer than its deadline of 300 ms"),
+        (GREEDY, "batch 0, item 0: it wanted more memory than its limit of 16000000 bytes"),
+        (DEEP, "batch 0, item 0: it trapped: wasm trap: call stack exhausted"),
+    ];
+    let ways = ways.map(|(body, said)| (body.to_owned(), said));
+    for (body, said) in ways.into_iter().chain(broken_verdicts()) {
         let dir = Dir::new("good.jsonl", hook);
-        dir.write("hostile.wasm", &filter(body));
-        dir.fails_with(&parts);
+        dir.write("hostile.wasm", &filter(&body));
+        dir.fails_with(&["hook `hostile`, batch 0", line, said]);
     }
+}
+
+#[test]
+fn a_reward_that_fails_ends_its_stage_and_nothing_else() {
+    let place = lived();
+    let ways = [
+        ("unreachable", "it trapped: "),
+        (ENDLESS, "it ran longer than its deadline of 300 ms"),
+        (GREEDY, "it wanted more memory than its limit of 16000000 bytes"),
+        (DEEP, "it trapped: wasm trap: call stack exhausted"),
+    ];
+    let ways = ways.map(|(body, said)| (body.to_owned(), said));
+    for (body, said) in ways.into_iter().chain(broken_scores()) {
+        let hook = format!("hooks.bytes.wasm={}", place.write("hostile.wasm", reward(&body)));
+        let limits = "hooks.bytes.limits={ deadline_ms: 300, memory_bytes: 16000000 }";
+        let failed = place.run(&["--until", "rl", "--set", &hook, "--set", limits]);
+        assert_eq!(failed.code, Some(65), "{said}\n{}", failed.errors);
+        for part in ["stage `rl`: step 1", "hook `bytes`, batch 1", said, "help: "] {
+            assert!(failed.errors.contains(part), "{part} in\n{}", failed.errors);
+        }
+        assert_eq!(failed.outcome("sft"), Some("cached"));
+    }
+    // Nothing of the run before is lost.
+    assert_eq!(place.done(&["--until", "rl"]).outcome("rl"), Some("cached"));
 }
 
 #[test]

@@ -3,7 +3,10 @@
 mod cli;
 mod embed;
 mod faults;
+mod fuzz;
 mod golden;
+#[path = "../runtime/hooks/tests/guest/mod.rs"]
+mod guest;
 mod hooks;
 mod pipelines;
 mod proof;

@@ -78,7 +78,7 @@ impl Stage for Ingest {
             "train tokenizer" => ctx.log_info("training the tokenizer"),
             step => ctx.progress(done, total, unit(step)),
         };
-        let host = Host { progress: &progress, cancel: ctx.cancel() };
+        let host = Host { progress: &progress, cancel: ctx.cancel(), scratch: Some(ctx.scratch_dir()?) };
         let mut files = Vec::new();
         let made = dsv3_ingest::ingest(&config, &paths, tokenizer, filter, ctx.seed(), &host, &mut |name, bytes| {
             files.push(ctx.put(name, bytes)?);
@@ -120,5 +120,6 @@ pub(crate) fn open_tokenizer(ctx: &Ctx, artifact: &Artifact<TokenizerKind>) -> R
     let manifest = ctx.manifest(artifact)?;
     let file = manifest.files.iter().find(|file| file.path.ends_with(".json"));
     let file = file.ok_or_else(|| Error::data("the tokenizer artifact holds no tokenizer.json"))?;
-    Ok(Tokenizer::from_bytes(&ctx.read(artifact, &file.path)?)?)
+    let bytes = ctx.read(artifact, &file.path)?;
+    Tokenizer::from_bytes(&bytes).map_err(|error| ctx.in_artifact(artifact, error))
 }

@@ -79,13 +79,14 @@ impl Stage for Serve {
 
     fn run(config: Config, inputs: Inputs, ctx: &mut Ctx) -> Result<Outputs, Error> {
         let dir = ctx.local_dir(&inputs.model)?;
-        let loaded = dsv3_model::load(&dir, LoadPrecision::Own, false)?;
+        let loaded =
+            dsv3_model::load(&dir, LoadPrecision::Own, false).map_err(|error| ctx.in_artifact(&inputs.model, error))?;
         folder::warn(ctx, &dir, &loaded.warnings);
         let model = Arc::new(loaded.model);
         let served = Served {
             model_id: ctx.stage().to_owned(),
             aliases: Vec::new(),
-            text: ModelText::from_folder(&dir)?,
+            text: ModelText::from_folder(&dir).map_err(|error| ctx.in_artifact(&inputs.model, error))?,
             context_tokens: model.config.max_position_embeddings,
             vocab_size: model.config.vocab_size,
             speculate: config.speculate,

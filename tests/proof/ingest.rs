@@ -23,7 +23,7 @@ fn make(texts: &[String], options: &IngestOptions) -> Made {
     let input = folder.path().join("documents.jsonl");
     let lines: String = texts.iter().map(|text| format!("{}\n", serde_json::json!({ "text": text }))).collect();
     std::fs::write(&input, lines).expect("written");
-    let host = Host { progress: &|_, _, _| (), cancel: &Cancel::new() };
+    let host = Host { progress: &|_, _, _| (), cancel: &Cancel::new(), scratch: None };
     let mut shards = Vec::new();
     let mut sink = |name: &str, bytes: Vec<u8>| -> Result<(), Error> {
         let path = folder.path().join(name);

@@ -8,56 +8,25 @@ use std::{collections::BTreeMap, path::Path};
 
 use dsv3_hooks::{Host, Limits, OnError, RewardItem, World};
 use serde_json::Value;
-use wit_component::{ComponentEncoder, StringEncoding, embed_component_metadata};
 
 use super::runtime::lived;
-use crate::tiny::{file, undisturbed};
+use crate::{
+    guest::reward,
+    tiny::{file, undisturbed},
+};
 
 fn schemas() -> std::path::PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("schemas/hooks")
-}
-
-/// A `reward` that gives every completion 0.7.
-fn constant() -> Vec<u8> {
-    let text = r#"(module
-  (memory (export "memory") 2)
-  (global $top (mut i32) (i32.const 65536))
-  (func $alloc (export "cabi_realloc") (param i32 i32 i32 i32) (result i32)
-    (local $at i32)
-    (local.set $at (i32.and (i32.add (global.get $top) (i32.const 7)) (i32.const -8)))
-    (global.set $top (i32.add (local.get $at) (local.get 3)))
-    (if (i32.gt_u (global.get $top) (i32.mul (memory.size) (i32.const 65536)))
-      (then (if (i32.eq (memory.grow (i32.const 16)) (i32.const -1)) (then unreachable))))
-    (local.get $at))
-  (func (export "dsv3:hooks/rewards@0.1.0#configure") (param i32 i32) (result i32)
-    (i32.store8 (i32.const 16) (i32.const 0)) (i32.const 16))
-  (func (export "dsv3:hooks/rewards@0.1.0#score") (param $items i32) (result i32)
-    (local $n i32) (local $i i32) (local $totals i32)
-    (local.set $n (i32.sub (i32.load offset=28 (local.get $items)) (i32.const 1)))
-    (local.set $totals (call $alloc (i32.const 0) (i32.const 0) (i32.const 8) (i32.mul (local.get $n) (i32.const 8))))
-    (block $done (loop $next
-      (br_if $done (i32.ge_u (local.get $i) (local.get $n)))
-      (f64.store (i32.add (local.get $totals) (i32.mul (local.get $i) (i32.const 8))) (f64.const 0.7))
-      (local.set $i (i32.add (local.get $i) (i32.const 1)))
-      (br $next)))
-    (i32.store (i32.const 32) (i32.const 0))
-    (i32.store (i32.const 36) (local.get $totals)) (i32.store (i32.const 40) (local.get $n))
-    (i32.store (i32.const 44) (i32.const 8)) (i32.store (i32.const 48) (i32.const 0))
-    (i32.store (i32.const 52) (i32.const 8)) (i32.store (i32.const 56) (i32.const 0))
-    (i32.const 32)))"#;
-    let mut module = wat::parse_str(text).expect("a module");
-    let mut resolve = wit_parser::Resolve::default();
-    let package = resolve.push_file(schemas().join("hooks.wit")).expect("the package");
-    let world = resolve.select_world(&[package], Some("reward")).expect("the world");
-    embed_component_metadata(&mut module, &resolve, world, StringEncoding::UTF8).expect("metadata");
-    ComponentEncoder::default().module(&module).expect("a module").encode().expect("a component")
 }
 
 /// Six times 0.7 is not six tenths of seven in binary, so a mean that rounds would show here.
 #[test]
 fn a_constant_reward_without_kl_and_decay_leaves_every_bit_of_the_weights() {
     let place = lived();
-    let hook = format!("hooks.bytes.wasm={}", place.write("constant.wasm", constant()));
+    let hook = format!(
+        "hooks.bytes.wasm={}",
+        place.write("constant.wasm", reward("(call $answer (local.get $n) (f64.const 0.7))"))
+    );
     let sets = ["stages.rl.config.rules=[]", "stages.rl.config.policy.group=6", &hook];
     let sets: Vec<&str> = sets.iter().flat_map(|set| ["--set", *set]).collect();
     let train = |beta: &str| {

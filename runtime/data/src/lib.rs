@@ -25,5 +25,5 @@ pub use records::{
 };
 pub use rows::{Row, Rows};
 pub use specials::{SPECIALS, Specials};
-pub use tokenizer::{Incremental, SPLIT_PATTERN, Tokenizer, TrainOptions};
+pub use tokenizer::{Incremental, PIECE_BYTES, SPLIT_PATTERN, Tokenizer, TrainOptions, UNCUT_BYTES_MAX};
 pub use tokens::{ShardSink, TokenDataset, TokenMeta, TokenWriter};

@@ -15,7 +15,7 @@ use serde_json::{Map, Value};
 use crate::{
     chat::Message,
     error::{DataError, Location, Result},
-    rows::{ParquetReader, Row, Rows, is_parquet},
+    rows::{BATCH_BYTES, BATCH_ROWS, ParquetReader, Row, Rows, is_parquet},
 };
 
 /// Which columns of a document file are read.
@@ -45,7 +45,7 @@ pub struct Document {
     pub source: Option<String>,
 }
 
-/// Reads documents of all files in order, in batches.
+/// Reads documents of all files in order, in batches of at most 1024 documents and, about, 64 MiB of text.
 ///
 /// # Errors
 /// Each item may be one: a damaged file, a missing text column, a null or a wrong type, with the place.
@@ -91,12 +91,16 @@ impl<'a> DocumentFile<'a> {
         match self {
             Self::Done => Ok(None),
             Self::Lines(rows, columns) => {
-                let mut batch = Vec::new();
-                for row in rows.by_ref().take(1024) {
+                let (mut batch, mut bytes) = (Vec::new(), 0);
+                for row in rows.by_ref().take(BATCH_ROWS) {
                     let row = row?;
                     let text = row.text(&columns.text)?.to_owned();
                     let source = row.optional_text(&columns.source)?.map(str::to_owned);
+                    bytes += text.len();
                     batch.push(Document { at: row.at, text, source });
+                    if bytes >= BATCH_BYTES {
+                        break;
+                    }
                 }
                 Ok((!batch.is_empty()).then_some(batch))
             }

@@ -18,13 +18,18 @@ use arrow::{
     },
     record_batch::RecordBatch,
 };
-use parquet::arrow::arrow_reader::{ParquetRecordBatchReader, ParquetRecordBatchReaderBuilder};
+use parquet::{
+    arrow::arrow_reader::{ParquetRecordBatchReader, ParquetRecordBatchReaderBuilder},
+    file::metadata::RowGroupMetaData,
+};
 use serde_json::{Map, Value};
 
 use crate::error::{DataError, Location, Place, Result};
 
-/// Rows decoded at a time.
-const BATCH_ROWS: usize = 1024;
+/// Rows decoded at a time ...
+pub(crate) const BATCH_ROWS: usize = 1024;
+/// ... or fewer, where rows are so long that they would have more bytes than this, about.
+pub(crate) const BATCH_BYTES: usize = 64 << 20;
 
 /// One row of a file.
 #[derive(Clone, Debug)]
@@ -219,7 +224,8 @@ impl ParquetReader {
             let end = group_starts.last().copied().unwrap_or(0) + group.num_rows().max(0) as u64;
             group_starts.push(end);
         }
-        let mut builder = builder.with_batch_size(BATCH_ROWS);
+        let row_bytes = builder.metadata().row_groups().iter().map(row_bytes).max().unwrap_or(0);
+        let mut builder = builder.with_batch_size((BATCH_BYTES / row_bytes.max(1)).clamp(1, BATCH_ROWS));
         if let Some(columns) = columns {
             let mask = parquet::arrow::ProjectionMask::columns(builder.parquet_schema(), columns.iter().copied());
             builder = builder.with_projection(mask);
@@ -250,6 +256,11 @@ impl ParquetReader {
         use arrow::record_batch::RecordBatchReader;
         self.reader.schema()
     }
+}
+
+/// Mean bytes of a row of a group, as the footer says.
+fn row_bytes(group: &RowGroupMetaData) -> usize {
+    usize::try_from(group.total_byte_size() / group.num_rows().max(1)).unwrap_or(0)
 }
 
 pub(crate) fn damaged(

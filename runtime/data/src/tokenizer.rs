@@ -4,6 +4,8 @@
 //! rendered does ([`Tokenizer::encode_chat`]). Training is deterministic: ties of pair counts go to the smaller pair.
 //! Paper: byte-level BPE with digits in runs of at most three, DeepSeek-V3 report 4.1.
 
+mod pieces;
+
 use std::{
     collections::{BTreeMap, BTreeSet},
     path::Path,
@@ -11,8 +13,8 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 use tokenizers::{
-    AddedToken, DecoderWrapper, ModelWrapper, NormalizerWrapper, PostProcessorWrapper, PreTokenizerWrapper,
-    SplitDelimiterBehavior, TokenizerImpl,
+    AddedToken, DecoderWrapper, ModelWrapper, NormalizerWrapper, OffsetReferential, OffsetType, PostProcessorWrapper,
+    PreTokenizedString, PreTokenizer, PreTokenizerWrapper, SplitDelimiterBehavior, TokenizerImpl,
     models::bpe::{BPE, BpeTrainer},
     pre_tokenizers::{
         byte_level::ByteLevel,
@@ -21,6 +23,8 @@ use tokenizers::{
     },
 };
 
+pub use self::pieces::{PIECE_BYTES, UNCUT_BYTES_MAX};
+use self::pieces::{Pieces, parts};
 use crate::{
     error::{DataError, Result},
     specials::{SPECIALS, Specials},
@@ -76,7 +80,10 @@ impl Tokenizer {
     /// # Errors
     /// When the bytes are not a tokenizer this build understands.
     pub fn from_bytes(json: &[u8]) -> Result<Self> {
-        let chat = tokenizers::Tokenizer::from_bytes(json).map_err(DataError::tokenizer)?;
+        let mut chat = tokenizers::Tokenizer::from_bytes(json).map_err(DataError::tokenizer)?;
+        // Some published files cut every text to the context of the model they came with, or fill it up to that length.
+        chat.with_truncation(None).map_err(DataError::tokenizer)?;
+        chat.with_padding(None);
         Self::wrap(chat, json.to_vec())
     }
 
@@ -159,6 +166,9 @@ impl Tokenizer {
         }
         let pattern = SplitPattern::Regex(options.pattern.clone());
         let split = Split::new(pattern, SplitDelimiterBehavior::Isolated, false).map_err(DataError::tokenizer)?;
+        let cuts = split.clone();
+        let documents =
+            documents.flat_map(move |text| parts(text, |left: &str, right: &str| splits(&cuts, left, right)));
         let bytes = ByteLevel::new(false, true, false);
         let mut tokenizer: TokenizerImpl<
             BPE,
@@ -201,6 +211,19 @@ impl Tokenizer {
     /// When a word-level tokenizer without an unknown token meets an unknown word.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
         ids(&self.plain, text)
+    }
+
+    /// A long text in pieces whose ids, one after the other, are those of the whole; a text of at most [`PIECE_BYTES`] is
+    /// one piece, and an empty one has none.
+    ///
+    /// # Errors
+    /// Where nothing can be cut in [`UNCUT_BYTES_MAX`] bytes.
+    pub fn pieces<'t>(&'t self, text: &'t str) -> impl Iterator<Item = Result<&'t str>> {
+        Pieces::new(text, |left: &str, right: &str| {
+            let both = self.encode(&[left, right].concat()).ok();
+            let (left, right) = (self.encode(left).ok(), self.encode(right).ok());
+            both.is_some() && both == left.zip(right).map(|(left, right)| [left, right].concat())
+        })
     }
 
     /// Token ids of text that a chat template rendered, or of a response in the chat's form (`<think>…`): spellings of
@@ -295,6 +318,18 @@ impl Tokenizer {
 fn ids(tokenizer: &tokenizers::Tokenizer, text: &str) -> Result<Vec<u32>> {
     let encoding = tokenizer.encode_fast(text, false).map_err(DataError::tokenizer)?;
     Ok(encoding.get_ids().to_vec())
+}
+
+/// Whether the split keeps two neighbouring texts apart.
+fn splits(split: &Split, left: &str, right: &str) -> bool {
+    let words = |text: &str| -> Option<Vec<String>> {
+        let mut text = PreTokenizedString::from(text);
+        split.pre_tokenize(&mut text).ok()?;
+        let words = text.get_splits(OffsetReferential::Original, OffsetType::Byte);
+        Some(words.into_iter().map(|(word, _, _)| word.to_owned()).collect())
+    };
+    let both = words(&[left, right].concat());
+    both.is_some() && both == words(left).zip(words(right)).map(|(left, right)| [left, right].concat())
 }
 
 fn byte_level_decoder(tokenizer: &tokenizers::Tokenizer) -> bool {

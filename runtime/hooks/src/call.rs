@@ -218,6 +218,10 @@ impl Hook {
         if let Some(i) = answer.totals.iter().position(|total| !total.is_finite()) {
             return Err(Cause::Malformed(format!("the reward of item {i} is {}", answer.totals[i])));
         }
+        if let Some(i) = answer.parts.iter().position(|part| !part.is_finite()) {
+            let (name, part) = (&answer.part_names[i % width], answer.parts[i]);
+            return Err(Cause::Malformed(format!("part `{name}` of item {} is {part}", i / width)));
+        }
         let parts =
             |i: usize| answer.part_names.iter().cloned().zip(answer.parts[i * width..].iter().copied()).collect();
         Ok((0..count).map(|i| Reward { total: answer.totals[i], parts: parts(i) }).collect())
@@ -265,7 +269,12 @@ impl Hook {
         let typed = instance
             .get_typed_func::<P, (R,)>(&mut *store, index)
             .map_err(|error| malformed(format!("`{function}` has another type: {error:#}")))?;
-        let (answer,) = typed.call(&mut *store, params).map_err(|error| self.cause(store, &error))?;
+        let called = typed.call(&mut *store, params);
+        let (answer,) = called.map_err(|error| match self.cause(store, &error) {
+            // No trap: the guest ran to its end, and what it left cannot be read.
+            Cause::Trap(reason) if error.downcast_ref::<Trap>().is_none() => Cause::Malformed(reason),
+            cause => cause,
+        })?;
         Ok(answer)
     }
 

@@ -1,11 +1,13 @@
 //! Hostile and broken guests, written in WebAssembly text: each must come back as one located error. And the shipped
 //! examples, from `schemas/hooks/examples` or from `$DSV3_HOOKS_BUILD` when set (`.ci/run` points it at a fresh build).
 
+mod guest;
+
 use std::path::PathBuf;
 
 use dsv3_hooks::{Cause, Hook, HookError, Host, Limits, OnError, RewardItem, Verdict, World};
+use guest::{DEEP, ENDLESS, GREEDY, broken_scores, broken_verdicts, filter, reward};
 use serde_json::json;
-use wit_component::{ComponentEncoder, StringEncoding, embed_component_metadata};
 
 fn schemas() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../schemas/hooks")
@@ -14,77 +16,6 @@ fn schemas() -> PathBuf {
 fn example(name: &str) -> Vec<u8> {
     let dir = std::env::var_os("DSV3_HOOKS_BUILD").map_or_else(|| schemas().join("examples"), PathBuf::from);
     std::fs::read(dir.join(name)).unwrap()
-}
-
-/// Memory, an allocator that aligns to 8, and the `configure` every world has.
-fn common(interface: &str) -> String {
-    format!(
-        r#"(memory (export "memory") 2)
-  (global $top (mut i32) (i32.const 65536))
-  (func $alloc (export "cabi_realloc") (param i32 i32 i32 i32) (result i32)
-    (local $at i32)
-    (local.set $at (i32.and (i32.add (global.get $top) (i32.const 7)) (i32.const -8)))
-    (global.set $top (i32.add (local.get $at) (local.get 3)))
-    (if (i32.gt_u (global.get $top) (i32.mul (memory.size) (i32.const 65536)))
-      (then (if (i32.eq (memory.grow (i32.const 16)) (i32.const -1)) (then unreachable))))
-    (local.get $at))
-  (func (export "dsv3:hooks/{interface}@0.1.0#configure") (param i32 i32) (result i32)
-    (i32.store8 (i32.const 16) (i32.const 0)) (i32.const 16))"#
-    )
-}
-
-/// The module `text` as a component of `world`.
-fn component(text: &str, world: &str) -> Vec<u8> {
-    let mut module = wat::parse_str(text).unwrap();
-    let mut resolve = wit_parser::Resolve::default();
-    let package = resolve.push_file(schemas().join("hooks.wit")).unwrap();
-    let world = resolve.select_world(&[package], Some(world)).unwrap();
-    embed_component_metadata(&mut module, &resolve, world, StringEncoding::UTF8).unwrap();
-    ComponentEncoder::default().module(&module).unwrap().encode().unwrap()
-}
-
-/// A `document-filter` whose `judge` runs `body`, with `$n` documents. `$answer` makes an `ok` answer of `$n` actions that
-/// all equal its second parameter, with empty notes. The first data byte of the batch is `(i32.load8_u (local.get $data))`.
-fn filter(body: &str) -> Vec<u8> {
-    let common = common("filter");
-    let text = format!(
-        r#"(module
-  {common}
-  (func $answer (param $n i32) (param $action i32) (result i32)
-    (local $actions i32) (local $offsets i32)
-    (local.set $actions (call $alloc (i32.const 0) (i32.const 0) (i32.const 1) (local.get $n)))
-    (local.set $offsets (call $alloc (i32.const 0) (i32.const 0) (i32.const 4)
-      (i32.mul (i32.add (local.get $n) (i32.const 1)) (i32.const 4))))
-    (memory.fill (local.get $actions) (local.get $action) (local.get $n))
-    (memory.fill (local.get $offsets) (i32.const 0) (i32.mul (i32.add (local.get $n) (i32.const 1)) (i32.const 4)))
-    (i32.store (i32.const 32) (i32.const 0))
-    (i32.store (i32.const 36) (local.get $actions)) (i32.store (i32.const 40) (local.get $n))
-    (i32.store (i32.const 44) (i32.const 0)) (i32.store (i32.const 48) (i32.const 0))
-    (i32.store (i32.const 52) (local.get $offsets)) (i32.store (i32.const 56) (i32.add (local.get $n) (i32.const 1)))
-    (i32.const 32))
-  (func $recurse (param i32) (result i32)
-    (i32.add (call $recurse (i32.add (local.get 0) (i32.const 1))) (i32.const 1)))
-  (func (export "dsv3:hooks/filter@0.1.0#judge")
-    (param $data i32) (param $data_len i32) (param $offsets i32) (param $offsets_len i32) (result i32)
-    (local $n i32)
-    (local.set $n (i32.sub (local.get $offsets_len) (i32.const 1)))
-    {body}))"#
-    );
-    component(&text, "document-filter")
-}
-
-/// A `reward` whose `score` runs `body` on the items at `$items`: 16 bytes for each of the four texts (data, its length,
-/// offsets, their length), completions second.
-fn reward(body: &str) -> Vec<u8> {
-    let common = common("rewards");
-    let text = format!(
-        r#"(module
-  {common}
-  (func (export "dsv3:hooks/rewards@0.1.0#score") (param $items i32) (result i32)
-    (local $n i32) (local $i i32) (local $at i32) (local $end i32) (local $sum i32) (local $totals i32)
-    {body}))"#
-    );
-    component(&text, "reward")
 }
 
 fn limits() -> Limits {
@@ -100,11 +31,8 @@ const FUSSY: &str = r#"(if (i32.eq (i32.load8_u (local.get $data)) (i32.const 12
     (if (i32.gt_u (local.get $n) (i32.const 1)) (then unreachable))
     (call $answer (local.get $n) (i32.const 0))"#;
 
-const ENDLESS: &str = "(loop $again (br $again)) unreachable";
-
 /// Rewards a completion with the sum of its bytes modulo 8: whatever a model writes, some of it is better.
-const BYTES: &str = r#"(local.set $n (i32.sub (i32.load offset=28 (local.get $items)) (i32.const 1)))
-    (local.set $totals (call $alloc (i32.const 0) (i32.const 0) (i32.const 8) (i32.mul (local.get $n) (i32.const 8))))
+const BYTES: &str = r#"(local.set $totals (call $alloc (i32.const 0) (i32.const 0) (i32.const 8) (i32.mul (local.get $n) (i32.const 8))))
     (block $done (loop $next
       (br_if $done (i32.ge_u (local.get $i) (local.get $n)))
       (local.set $at (i32.add (i32.load offset=24 (local.get $items)) (i32.mul (local.get $i) (i32.const 4))))
@@ -179,13 +107,11 @@ fn policies_touch_the_failing_document_only() {
 #[test]
 fn limits_end_the_guest_and_are_told_apart() {
     let host = Host::new(None).unwrap();
-    let grow = "(loop $again (drop (call $alloc (i32.const 0) (i32.const 0) (i32.const 1) (i32.const 65536))) (br $again)) unreachable";
-    let recurse = "(call $recurse (i32.const 0))";
     let run = |body: &str, limits: Limits, policy| load(&host, &filter(body), limits, policy).filter(0, &["a"]);
     let cause = |result: Result<_, HookError>| result.unwrap_err().cause;
     assert_eq!(cause(run(ENDLESS, limits(), OnError::Keep)), Cause::Deadline(500), "a deadline is always fatal");
-    assert_eq!(cause(run(grow, limits(), OnError::Fail)), Cause::Memory(16 << 20));
-    assert!(matches!(cause(run(recurse, limits(), OnError::Fail)), Cause::Trap(text) if text.contains("stack")));
+    assert_eq!(cause(run(GREEDY, limits(), OnError::Fail)), Cause::Memory(16 << 20));
+    assert!(matches!(cause(run(DEEP, limits(), OnError::Fail)), Cause::Trap(text) if text.contains("stack")));
     let fuelled = Limits { fuel: Some(100_000), ..limits() };
     assert_eq!(cause(run(ENDLESS, fuelled, OnError::Fail)), Cause::Fuel(100_000));
 }
@@ -193,16 +119,20 @@ fn limits_end_the_guest_and_are_told_apart() {
 #[test]
 fn malformed_answers_are_refused() {
     let host = Host::new(None).unwrap();
-    for (body, expected) in [
-        ("(call $answer (i32.add (local.get $n) (i32.const 1)) (i32.const 0))", "2 actions for 1 documents"),
-        ("(call $answer (local.get $n) (i32.const 9))", "action 9 of document 0"),
-        (
-            "(drop (call $answer (local.get $n) (i32.const 1))) (i32.store (i32.add (i32.load (i32.const 52)) (i32.const 4)) (i32.const 99)) (i32.const 32)",
-            "offsets 0..99 of item 0",
-        ),
-    ] {
-        let error = load(&host, &filter(body), limits(), OnError::Fail).filter(0, &["a"]).unwrap_err();
+    for (body, expected) in broken_verdicts() {
+        let error = load(&host, &filter(&body), limits(), OnError::Fail).filter(3, &["a"]).unwrap_err();
         assert!(matches!(&error.cause, Cause::Malformed(text) if text.contains(expected)), "{error}");
+        assert!(error.to_string().starts_with("hook `guest`, batch 3, item 0: its answer is malformed: "), "{error}");
+    }
+    for (body, expected) in broken_scores() {
+        let item = RewardItem { prompt: "p", completion: "c", answer: "", metadata: "{}", finished: true };
+        let load = |policy| host.load("guest", &reward(&body), World::Reward, &json!({}), limits(), policy).unwrap();
+        let error = load(OnError::Fail).reward(3, &[item]).unwrap_err();
+        assert!(matches!(&error.cause, Cause::Malformed(text) if text.contains(expected)), "{error}");
+        assert!(error.to_string().starts_with("hook `guest`, batch 3, item 0: its answer is malformed: "), "{error}");
+        // Tolerated, it is a reward of nothing.
+        let outcome = load(OnError::Drop).reward(3, &[item]).unwrap();
+        assert_eq!((outcome.rewards[0].total, outcome.faults.len()), (0.0, 1));
     }
 }
 

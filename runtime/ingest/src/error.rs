@@ -1,5 +1,7 @@
 //! What can go wrong while documents become tokens.
 
+use std::path::{Path, PathBuf};
+
 use dsv3_core::{Error, ErrorKind};
 use dsv3_data::{DataError, Location};
 use dsv3_hooks::HookError;
@@ -24,6 +26,22 @@ pub enum IngestError {
         /// Why.
         source: Box<HookError>,
     },
+    /// A document cannot be tokenised.
+    #[error("{at}: cannot be tokenised")]
+    Document {
+        /// The document.
+        at: Box<Location>,
+        /// Why.
+        source: DataError,
+    },
+    /// The scratch folder refuses.
+    #[error("{}: cannot be written or read back", path.display())]
+    Scratch {
+        /// The file in it.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
     /// Every document was dropped.
     #[error("no document is left of {read}: {dropped}")]
     Empty {
@@ -37,6 +55,12 @@ pub enum IngestError {
     Cancelled,
 }
 
+impl IngestError {
+    pub(crate) fn scratch(path: &Path, source: std::io::Error) -> Self {
+        Self::Scratch { path: path.to_owned(), source }
+    }
+}
+
 impl From<IngestError> for Error {
     fn from(error: IngestError) -> Self {
         let message = error.to_string();
@@ -46,6 +70,12 @@ impl From<IngestError> for Error {
             IngestError::Filter { source, .. } => {
                 Error::new(source.kind(), message).help(source.help()).source(*source)
             }
+            IngestError::Document { source, .. } => Error::new(source.kind(), message)
+                .help("break the document up, or have a filter drop it; this tokenizer cannot take it as it is")
+                .source(source),
+            IngestError::Scratch { source, .. } => Error::unavailable(message)
+                .help("make room in the folder for temporary files ($TMPDIR), then run again; nothing that was committed is lost")
+                .source(source),
             IngestError::Empty { .. } => Error::data(message).help("check the filter's configuration and the inputs"),
             IngestError::Cancelled => Error::new(ErrorKind::Cancelled, message),
         }

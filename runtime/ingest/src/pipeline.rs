@@ -1,32 +1,39 @@
 //! The steps of an ingest in their order. Each is a function of what came before it, so each can be read alone.
 
-use std::{collections::HashSet, path::PathBuf};
+use std::{
+    borrow::Cow,
+    path::{Path, PathBuf},
+    sync::OnceLock,
+};
 
 use dsv3_core::{Cancel, Rng, mix64};
-use dsv3_data::{Document, ShardSink, Specials, TokenMeta, TokenWriter, Tokenizer, TrainOptions, read_documents};
-use dsv3_hooks::{Cause, FilterOutcome, HookError, Verdict};
+use dsv3_data::{PIECE_BYTES, ShardSink, Specials, TokenMeta, TokenWriter, Tokenizer, TrainOptions};
 use rayon::prelude::*;
 
 use crate::{
+    corpus::Corpus,
     error::IngestError,
     filter::DocumentFilter,
     fim::{FimTokens, fim_psm},
     options::IngestOptions,
     report::IngestReport,
+    spool::Spool,
 };
 
-type Result<T> = std::result::Result<T, IngestError>;
+pub(crate) type Result<T> = std::result::Result<T, IngestError>;
 
 /// What an ingest is handed besides data: who hears of its progress, and who may stop it.
 pub struct Host<'a> {
     /// Called with a step's name, what is done of it and, if known, its whole.
     pub progress: &'a dyn Fn(&'static str, u64, Option<u64>),
-    /// Checked between batches.
+    /// Checked between batches, and every few MB inside a long document.
     pub cancel: &'a Cancel,
+    /// Folder for what does not fit into memory (some 256 MB of text); nothing means that all is kept there.
+    pub scratch: Option<&'a Path>,
 }
 
 impl Host<'_> {
-    fn check(&self) -> Result<()> {
+    pub(crate) fn check(&self) -> Result<()> {
         if self.cancel.is_cancelled() { Err(IngestError::Cancelled) } else { Ok(()) }
     }
 }
@@ -42,19 +49,12 @@ pub struct Ingested {
     pub report: IngestReport,
 }
 
-/// Documents of a filter call.
-const FILTER_BATCH: usize = 256;
-/// Documents tokenised between two looks at the cancel flag.
+/// Documents tokenised between two looks at the cancel flag ...
 const ENCODE_BATCH: usize = 4096;
-
-/// A document that survived.
-struct Kept {
-    text: String,
-    source: String,
-}
-
-/// Source of documents that name none.
-const UNNAMED: &str = "unnamed";
+/// ... or fewer, where they have more bytes than this.
+const ENCODE_BYTES: u64 = 64 << 20;
+/// Tokens packed between two looks at it.
+const PACK_TOKENS: usize = 1 << 20;
 
 /// Turns the documents of `inputs` (Parquet or JSONL) into a token stream whose shards go to `sink`.
 ///
@@ -74,8 +74,8 @@ pub fn ingest(
         return Err(IngestError::Options { message: format!("{field}: {message}") });
     }
     let mut report = IngestReport { files: inputs.len() as u64, ..IngestReport::default() };
-    let documents = read(options, inputs, filter, host, &mut report)?;
-    if documents.is_empty() {
+    let mut corpus = Corpus::read(options, inputs, filter, host, &mut report)?;
+    if corpus.len() == 0 {
         return Err(IngestError::Empty { read: report.documents_in, dropped: report.dropped_text() });
     }
     report.tokenizer_trained = tokenizer.is_none();
@@ -83,12 +83,13 @@ pub fn ingest(
         Some(tokenizer) => tokenizer,
         None => {
             (host.progress)("train tokenizer", 0, None);
-            train_tokenizer(options, documents.iter().map(|d| d.text.as_str()), report.bytes_out, seed)?
+            train(options, &corpus, report.bytes_out, seed, host)?
         }
     };
     host.check()?;
-    let encoded = encode(&documents, &tokenizer, host)?;
-    let meta = pack(options, &documents, encoded, &tokenizer, seed, host, &mut report, sink)?;
+    let encoded = encode(&corpus, &tokenizer, host)?;
+    corpus.drop_texts();
+    let meta = pack(options, &corpus, &encoded, &tokenizer, seed, host, &mut report, sink)?;
     report.tokens = meta.total_tokens;
     report.tokens_by_source = meta.source_tokens.clone();
     report.bytes_per_token = report.bytes_out as f64 / (report.tokens - report.padding_tokens).max(1) as f64;
@@ -96,111 +97,52 @@ pub fn ingest(
     Ok(Ingested { meta, tokenizer, report })
 }
 
-fn read(
-    options: &IngestOptions,
-    inputs: &[PathBuf],
-    filter: Option<&dyn DocumentFilter>,
-    host: &Host<'_>,
-    report: &mut IngestReport,
-) -> Result<Vec<Kept>> {
-    let mut kept = Vec::new();
-    let mut seen = HashSet::new();
-    let mut filter_batches = 0;
-    for batch in read_documents(inputs, &options.columns) {
-        host.check()?;
-        let batch = batch?;
-        report.documents_in += batch.len() as u64;
-        report.bytes_in += batch.iter().map(|d| d.text.len() as u64).sum::<u64>();
-        let verdicts = judge(&batch, filter_batches, filter, report)?;
-        filter_batches += batch.len().div_ceil(FILTER_BATCH) as u64;
-        for (document, verdict) in batch.into_iter().zip(verdicts) {
-            let text = match verdict {
-                Verdict::Keep => document.text,
-                Verdict::Rewrite(text) => {
-                    report.rewritten += 1;
-                    text
-                }
-                Verdict::Drop(reason) => {
-                    report.drop_document(&reason, || document.at.to_string());
-                    continue;
-                }
-            };
-            let reason = if text.trim().is_empty() {
-                Some("empty")
-            } else if options.dedup && !seen.insert(*blake3::hash(text.as_bytes()).as_bytes()) {
-                Some("duplicate")
-            } else {
-                None
-            };
-            if let Some(reason) = reason {
-                report.drop_document(reason, || document.at.to_string());
-                continue;
-            }
-            report.documents_out += 1;
-            report.bytes_out += text.len() as u64;
-            kept.push(Kept { text, source: document.source.unwrap_or_else(|| UNNAMED.to_owned()) });
+/// Trains the tokenizer of `options` on the corpus.
+fn train(options: &IngestOptions, corpus: &Corpus, bytes: u64, seed: u64, host: &Host<'_>) -> Result<Tokenizer> {
+    let failed = OnceLock::new();
+    let cancel = host.cancel;
+    let texts = (0..corpus.len()).map_while(|index| match corpus.text(index) {
+        _ if cancel.is_cancelled() => None,
+        Ok(text) => Some(text),
+        Err(error) => {
+            // Said below, whatever was made of the texts before.
+            let _ = failed.set(error);
+            None
         }
-        (host.progress)("read", report.documents_in, None);
-    }
-    Ok(kept)
+    });
+    let trained = train_tokenizer(options, texts, bytes, seed);
+    host.check()?;
+    failed.into_inner().map_or(trained, Err)
 }
 
-/// Asks the filter about `batch`, whose first filter batch has number `first_batch`.
-fn judge(
-    batch: &[Document],
-    first_batch: u64,
-    filter: Option<&dyn DocumentFilter>,
-    report: &mut IngestReport,
-) -> Result<Vec<Verdict>> {
-    let Some(filter) = filter else { return Ok(vec![Verdict::Keep; batch.len()]) };
-    let judged: Vec<Result<FilterOutcome>> = batch
-        .par_chunks(FILTER_BATCH)
-        .enumerate()
-        .map(|(index, documents)| {
-            let texts: Vec<&str> = documents.iter().map(|d| d.text.as_str()).collect();
-            let number = first_batch + index as u64;
-            let fault = |error: HookError| {
-                let at = documents[error.item.unwrap_or(0).min(documents.len() - 1)].at.clone();
-                IngestError::Filter { at: Box::new(at), source: Box::new(error) }
-            };
-            let outcome = filter.filter(number, &texts).map_err(fault)?;
-            if outcome.verdicts.len() != texts.len() {
-                let message = format!("{} verdicts for {} documents", outcome.verdicts.len(), texts.len());
-                let cause = Cause::Malformed(message);
-                return Err(fault(HookError { hook: "filter".to_owned(), batch: Some(number), item: None, cause }));
-            }
-            Ok(outcome)
-        })
-        .collect();
-    let mut all = Vec::with_capacity(batch.len());
-    for outcome in judged {
-        let outcome = outcome?;
-        all.extend(outcome.verdicts);
-        report.note_faults(&outcome.faults);
-    }
-    Ok(all)
-}
-
-/// Trains the tokenizer of `options` on texts of `total_bytes` in all, or on a sample of them keyed by `seed`.
+/// Trains the tokenizer of `options` on texts of `total_bytes` in all, or on a sample of them keyed by `seed`. A long text
+/// is sampled in pieces.
 ///
 /// # Errors
 /// When the options fit no tokenizer.
 pub fn train_tokenizer<'a>(
     options: &IngestOptions,
-    texts: impl Iterator<Item = &'a str> + Send,
+    texts: impl Iterator<Item = Cow<'a, str>> + Send,
     total_bytes: u64,
     seed: u64,
 ) -> Result<Tokenizer> {
     let share = options.tokenizer_sample_bytes as f64 / total_bytes.max(1) as f64;
     let key = mix64(seed ^ 0x7060);
-    let in_sample =
-        move |index: usize| share >= 1.0 || (mix64(key ^ index as u64) >> 11) as f64 / ((1u64 << 53) as f64) < share;
-    let sample = texts.enumerate().filter(move |(index, _)| in_sample(*index)).map(|(_, text)| text);
+    let in_sample = move |key: u64| share >= 1.0 || (mix64(key) >> 11) as f64 / ((1u64 << 53) as f64) < share;
+    let sample = texts.enumerate().flat_map(move |(index, text)| {
+        let key = key ^ index as u64;
+        if share < 1.0 && text.len() > PIECE_BYTES {
+            let slices = slices(&text).into_iter().enumerate();
+            let kept = slices.filter(|(piece, _)| in_sample(mix64(key).wrapping_add(*piece as u64)));
+            return kept.map(|(_, slice)| Cow::Owned(slice.to_owned())).collect();
+        }
+        if in_sample(key) { vec![text] } else { Vec::new() }
+    });
     let sample_bytes = total_bytes.min(options.tokenizer_sample_bytes);
     let wanted = options.vocabulary_texts.iter().filter(|text| !text.is_empty());
     let wanted = wanted.flat_map(move |text| {
         let times = sample_bytes / 1000 / text.len() as u64 + 1;
-        std::iter::repeat_n(text.as_str(), times as usize)
+        std::iter::repeat_n(Cow::Borrowed(text.as_str()), times as usize)
     });
     let sample = sample.chain(wanted);
     let pattern = options.split_pattern.clone();
@@ -208,23 +150,69 @@ pub fn train_tokenizer<'a>(
     Ok(Tokenizer::train(sample, &train)?)
 }
 
-fn encode(documents: &[Kept], tokenizer: &Tokenizer, host: &Host<'_>) -> Result<Vec<Vec<u32>>> {
-    let mut all = Vec::with_capacity(documents.len());
-    for batch in documents.chunks(ENCODE_BATCH) {
-        host.check()?;
-        let ids: Vec<dsv3_data::Result<Vec<u32>>> = batch.par_iter().map(|d| tokenizer.encode(&d.text)).collect();
-        for one in ids {
-            all.push(one?);
-        }
-        (host.progress)("tokenise", all.len() as u64, Some(documents.len() as u64));
+/// `text` in slices of [`PIECE_BYTES`], wherever that may cut it.
+fn slices(mut text: &str) -> Vec<&str> {
+    let mut slices = Vec::new();
+    while !text.is_empty() {
+        let end = (PIECE_BYTES..).take(4).find(|at| text.is_char_boundary(*at)).unwrap_or(text.len());
+        let (slice, rest) = text.split_at(end);
+        slices.push(slice);
+        text = rest;
     }
+    slices
+}
+
+/// Token ids of every document, four bytes each, least significant first.
+fn encode(corpus: &Corpus, tokenizer: &Tokenizer, host: &Host<'_>) -> Result<Spool> {
+    let mut all = Spool::new(host.scratch, "ids");
+    while all.len() < corpus.len() {
+        let first = all.len();
+        let mut bytes = 0;
+        let documents = (first..corpus.len()).take(ENCODE_BATCH).take_while(|index| {
+            let room = bytes < ENCODE_BYTES;
+            bytes += corpus.bytes(*index);
+            room
+        });
+        let texts = documents.map(|index| corpus.text(index)).collect::<Result<Vec<_>>>()?;
+        let fault =
+            |document: usize| move |source| IngestError::Document { at: Box::new(corpus.at(first + document)), source };
+        let mut pieces = Vec::new();
+        for (document, text) in texts.iter().enumerate() {
+            host.check()?;
+            for piece in tokenizer.pieces(text) {
+                pieces.push((document, piece.map_err(fault(document))?));
+                if pieces.len() % 64 == 0 {
+                    host.check()?;
+                }
+            }
+        }
+        let cancel = host.cancel;
+        let encode = |(document, piece): &(usize, &str)| match cancel.is_cancelled() {
+            true => Err(IngestError::Cancelled),
+            false => tokenizer.encode(piece).map_err(fault(*document)),
+        };
+        let encoded: Vec<Result<Vec<u32>>> = pieces.par_iter().map(encode).collect();
+        let mut joined = vec![Vec::new(); texts.len()];
+        for ((document, _), ids) in pieces.iter().zip(encoded) {
+            joined[*document].extend(ids?.into_iter().flat_map(u32::to_le_bytes));
+        }
+        joined.into_iter().try_for_each(|ids| all.push(ids))?;
+        (host.progress)("tokenise", all.len() as u64, Some(corpus.len() as u64));
+    }
+    all.seal()?;
     Ok(all)
+}
+
+/// The ids that [`encode`] put away.
+fn read_ids(encoded: &Spool, index: usize) -> Result<Vec<u32>> {
+    let bytes = encoded.get(index)?;
+    Ok(bytes.chunks_exact(4).map(|id| u32::from_le_bytes([id[0], id[1], id[2], id[3]])).collect())
 }
 
 fn pack(
     options: &IngestOptions,
-    documents: &[Kept],
-    mut encoded: Vec<Vec<u32>>,
+    corpus: &Corpus,
+    encoded: &Spool,
     tokenizer: &Tokenizer,
     seed: u64,
     host: &Host<'_>,
@@ -236,19 +224,20 @@ fn pack(
         message: "the tokenizer has no end-of-text token: name one in its tokenizer_config.json".to_owned(),
     })?;
     let fim = fim_marks(options, specials)?;
-    let aligned =
-        |index: usize| options.align.as_ref().is_some_and(|align| align.sources.contains(&documents[index].source));
-    let (alone, mut packed): (Vec<usize>, Vec<usize>) = (0..documents.len()).partition(|index| aligned(*index));
+    let aligned = |index: usize| {
+        options.align.as_ref().is_some_and(|align| align.sources.iter().any(|s| s == corpus.source(index)))
+    };
+    let (alone, mut packed): (Vec<usize>, Vec<usize>) = (0..corpus.len()).partition(|index| aligned(*index));
     if options.shuffle {
         Rng::new(seed).key("document shuffle").shuffle(&mut packed);
     }
     let mut writer = TokenWriter::new(options.row_tokens, options.shard_tokens, tokenizer.vocab_size() as u64, sink)?;
     for (done, index) in packed.iter().enumerate() {
-        let mut ids = std::mem::take(&mut encoded[*index]);
+        let mut ids = read_ids(encoded, *index)?;
         let mut rng = Rng::new(seed).key("fim").key(*index);
-        let source = &documents[*index].source;
+        let source = corpus.source(*index);
         if let Some(marks) = fim
-            && (options.fim.sources.is_empty() || options.fim.sources.contains(source))
+            && (options.fim.sources.is_empty() || options.fim.sources.iter().any(|s| s == source))
             && rng.uniform() < options.fim.rate
             && let Some(rearranged) = fim_psm(&ids, marks, &mut rng)
         {
@@ -256,10 +245,10 @@ fn pack(
             ids = rearranged;
         }
         ids.push(eos);
-        writer.push_document(&ids, source)?;
+        push(&mut writer, &ids, source, host)?;
         if done % ENCODE_BATCH == 0 {
             host.check()?;
-            (host.progress)("pack", done as u64, Some(documents.len() as u64));
+            (host.progress)("pack", done as u64, Some(corpus.len() as u64));
         }
     }
     if let Some(align) = options.align.as_ref().filter(|_| !alone.is_empty()) {
@@ -274,16 +263,27 @@ fn pack(
         fill(&mut writer)?;
         for index in &alone {
             let mut ids: Vec<u32> = specials.bos.into_iter().collect();
-            ids.append(&mut encoded[*index]);
+            ids.append(&mut read_ids(encoded, *index)?);
             ids.push(eos);
             report.aligned_documents += 1;
             report.aligned_overlong += u64::from(ids.len() as u64 > align.tokens);
-            writer.push_document(&ids, &documents[*index].source)?;
+            push(&mut writer, &ids, corpus.source(*index), host)?;
             fill(&mut writer)?;
         }
         report.padding_tokens = filled;
     }
     Ok(writer.finish()?)
+}
+
+/// Writes a document, looking at the cancel flag on the way.
+fn push(writer: &mut TokenWriter<'_>, ids: &[u32], source: &str, host: &Host<'_>) -> Result<()> {
+    let (first, rest) = ids.split_at(ids.len().min(PACK_TOKENS));
+    writer.push_document(first, source)?;
+    for more in rest.chunks(PACK_TOKENS) {
+        host.check()?;
+        writer.extend_document(more, source)?;
+    }
+    Ok(())
 }
 
 fn fim_marks(options: &IngestOptions, specials: &Specials) -> Result<Option<FimTokens>> {

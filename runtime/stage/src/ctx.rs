@@ -7,7 +7,7 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use dsv3_core::{Bound, Cancel, Clock, Error, Event, Events, Level, Rng, SystemClock};
+use dsv3_core::{Bound, Cancel, Clock, Digest, Error, Event, Events, Level, Rng, SystemClock};
 use dsv3_hooks::Hook;
 use dsv3_ops::Device;
 use dsv3_store::{
@@ -17,7 +17,7 @@ use dsv3_store::{
 use serde_json::Value;
 use tokio::runtime::{self, Handle, Runtime};
 
-use crate::Closing;
+use crate::{Closing, names::Names};
 
 /// What the engine puts into a [`Ctx`].
 pub struct CtxParts {
@@ -41,6 +41,8 @@ pub struct CtxParts {
     pub runtime: Handle,
     /// External inputs of the plan.
     pub sources: Arc<Sources>,
+    /// Input artifacts that are outputs of other stages, as `stage.output`, for messages.
+    pub origins: BTreeMap<Digest, String>,
     /// Where events go.
     pub events: Events,
     /// Set when the stage should checkpoint and stop.
@@ -61,6 +63,7 @@ pub struct Ctx {
     blobs: Blobs,
     checkpoints: Checkpoints,
     closing: Mutex<Closing>,
+    names: Names,
     /// Of a test: its runtime, and the scratch folder to remove.
     _own: Option<(Runtime, ScratchFolder)>,
 }
@@ -93,7 +96,7 @@ impl Ctx {
             &parts.stage,
             parts.events.clone(),
         );
-        Self { parts, blobs, checkpoints, closing: Mutex::default(), _own: None }
+        Self { parts, blobs, checkpoints, closing: Mutex::default(), names: Names::default(), _own: None }
     }
 
     /// A context for a stage's unit test: fresh memory store, no hooks, events dropped. Not for use inside tokio.
@@ -124,6 +127,7 @@ impl Ctx {
             store,
             runtime: runtime.handle().clone(),
             sources: Arc::default(),
+            origins: BTreeMap::new(),
             events,
             cancel: Cancel::new(),
             hooks: BTreeMap::new(),
@@ -172,6 +176,14 @@ impl Ctx {
     /// Artifacts and their files.
     pub fn blobs(&self) -> &Blobs {
         &self.blobs
+    }
+
+    pub(crate) fn names(&self) -> &Names {
+        &self.names
+    }
+
+    pub(crate) fn origin(&self, artifact: Digest) -> Option<&str> {
+        self.parts.origins.get(&artifact).map(String::as_str)
     }
 
     /// The stage's checkpoints.

@@ -208,7 +208,7 @@ impl StageEntry {
     pub fn run(&self, config: &Value, inputs: &Value, ctx: &mut Ctx) -> Result<Value, Error> {
         // The context is not used after a panic except to report.
         match catch_unwind(AssertUnwindSafe(|| (self.run)(config, inputs, ctx))) {
-            Ok(outcome) => outcome,
+            Ok(outcome) => outcome.map_err(|error| ctx.name_files(error)),
             Err(panic) => {
                 let text = panic.downcast_ref::<String>().map(String::as_str);
                 let text = text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("it gave no message");

@@ -39,8 +39,13 @@ impl Ctx {
     /// # Errors
     /// When a file is missing or damaged.
     pub fn local_files<K: Kind>(&self, artifact: &Artifact<K>) -> Result<Vec<(FileEntry, PathBuf)>, Error> {
-        let manifest = self.manifest(artifact)?;
-        manifest.files.into_iter().map(|entry| Ok((entry.clone(), self.blobs().local_path(&entry)?))).collect()
+        let (manifest, name) = (self.manifest(artifact)?, self.name_of(artifact));
+        let place = |entry: FileEntry| {
+            let path = self.blobs().local_path(&entry)?;
+            self.note_file(&name, &entry, &path);
+            Ok((entry, path))
+        };
+        manifest.files.into_iter().map(place).collect()
     }
 
     /// A local folder that holds the artifact's files under their names, verified, as links where the system has them.
@@ -50,8 +55,11 @@ impl Ctx {
     /// When a file is missing or damaged, or the folder cannot be made.
     pub fn local_dir<K: Kind>(&self, artifact: &Artifact<K>) -> Result<PathBuf, Error> {
         let folder = self.scratch_dir()?.join("artifacts").join(artifact.digest().to_string());
+        let name = self.name_of(artifact);
+        self.note_folder(&name, &folder);
         for (entry, source) in self.local_files(artifact)? {
             let target = folder.join(&entry.path);
+            self.note_file(&name, &entry, &target);
             place(&source, &target).map_err(|source| {
                 Error::unavailable(format!("cannot lay out {} as {}", entry.path, target.display())).source(source)
             })?;

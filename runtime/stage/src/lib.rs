@@ -49,6 +49,7 @@ mod entry;
 mod facts;
 mod files;
 mod keys;
+mod names;
 mod ports;
 mod shape;
 #[cfg(test)]

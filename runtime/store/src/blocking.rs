@@ -42,6 +42,11 @@ impl Blobs {
         &self.store
     }
 
+    /// Where the plan says that the content of `digest` lies outside the store: an absolute path or a URI.
+    pub fn source(&self, digest: Digest) -> Option<&str> {
+        self.sources.get(&digest).map(String::as_str)
+    }
+
     /// Stores `bytes` as the file `path` of an artifact to be published.
     pub fn put(&self, path: &str, bytes: impl Into<Bytes>) -> Result<FileEntry> {
         check_path(path)?;

@@ -36,6 +36,16 @@ pub enum StoreError {
         /// The store's own words.
         cause: String,
     },
+    /// The store is there and lets this user not do it: a read-only mount, a right that is missing.
+    #[error("cannot {op} {path}: {cause}")]
+    Denied {
+        /// What was tried.
+        op: &'static str,
+        /// Which object.
+        path: String,
+        /// The system's or the store's own words.
+        cause: String,
+    },
     /// A local file refuses.
     #[error("cannot {op} {path}")]
     Io {
@@ -132,9 +142,11 @@ impl StoreError {
             | Self::SourceChanged { .. }
             | Self::Kind { .. }
             | Self::NoSuchFile { .. } => ErrorKind::Data,
-            Self::SourceMissing { .. } | Self::Unavailable { .. } | Self::Io { .. } | Self::Taken { .. } => {
-                ErrorKind::Unavailable
-            }
+            Self::SourceMissing { .. }
+            | Self::Unavailable { .. }
+            | Self::Denied { .. }
+            | Self::Io { .. }
+            | Self::Taken { .. } => ErrorKind::Unavailable,
             Self::Cancelled { .. } => ErrorKind::Cancelled,
             Self::BadPath { .. } | Self::Encode { .. } | Self::Task { .. } => ErrorKind::Internal,
         }
@@ -147,6 +159,11 @@ impl StoreError {
             Self::Damaged { .. } => "delete the damaged object and run again: what made it is made anew",
             Self::SourceMissing { .. } => "restore the file and run again; what was finished stays finished",
             Self::SourceChanged { .. } => "run the pipeline again: a new plan takes the new content",
+            Self::Denied { op: "create" | "write" | "store" | "delete" | "open the store", .. } => {
+                "give write access or name another store with --store; what this one holds is untouched and can be read \
+                 (plan, explain, runs, inspect, get)"
+            }
+            Self::Denied { .. } => "give read access, then run again",
             Self::Unavailable { .. } | Self::Io { .. } => {
                 "make room or give access, then run again; nothing that was committed is lost"
             }
@@ -160,15 +177,21 @@ impl StoreError {
         let path = path.as_ref().display().to_string();
         move |source| match source.kind() {
             io::ErrorKind::NotFound => Self::Missing { op, path },
+            io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => {
+                Self::Denied { op, path, cause: source.to_string() }
+            }
             _ => Self::Io { op, path, source },
         }
     }
 
     pub(crate) fn object(op: &'static str, path: &str, error: object_store::Error) -> Self {
         let path = path.to_owned();
-        match error {
+        match &error {
             object_store::Error::NotFound { .. } => Self::Missing { op, path },
-            other => Self::Unavailable { op, path, cause: other.to_string() },
+            object_store::Error::PermissionDenied { .. } | object_store::Error::Unauthenticated { .. } => {
+                Self::Denied { op, path, cause: error.to_string() }
+            }
+            _ => Self::Unavailable { op, path, cause: error.to_string() },
         }
     }
 

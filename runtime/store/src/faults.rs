@@ -9,8 +9,10 @@ use bytes::Bytes;
 use futures::{FutureExt, StreamExt, future::BoxFuture, stream::BoxStream};
 use object_store::{
     CopyOptions, Error, GetOptions, GetResult, ListResult, MultipartUpload, ObjectMeta, ObjectStore,
-    PutMultipartOptions, PutOptions, PutPayload, PutResult, Result, path::Path,
+    PutMultipartOptions, PutOptions, PutPayload, PutResult, Result, memory::InMemory, path::Path,
 };
+
+use crate::Store;
 
 /// What goes wrong.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,6 +25,8 @@ pub enum Fault {
     Full,
     /// Half of the bytes are written and success is reported.
     Cut,
+    /// The store takes no write: it is mounted or granted for reading only.
+    ReadOnly,
 }
 
 /// Faults to come. Clones share them.
@@ -33,6 +37,16 @@ impl Faults {
     /// The next `times` operations on objects whose path contains `path` end in `fault`.
     pub fn plan(&self, path: &str, fault: Fault, times: usize) {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).push((path.to_owned(), fault, times));
+    }
+
+    /// Takes back what was planned and has not come yet.
+    pub fn clear(&self) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).clear();
+    }
+
+    /// A fresh store in memory that fails as planned here.
+    pub fn memory(&self) -> Store {
+        Store::with_objects("memory://", Arc::new(FaultyObjects::new(Arc::new(InMemory::new()), self.clone())))
     }
 
     /// The fault of this operation; only a timeout can meet a read.
@@ -66,9 +80,15 @@ impl fmt::Display for FaultyObjects {
     }
 }
 
-fn error(fault: Fault) -> Error {
-    let kind = if fault == Fault::Full { io::ErrorKind::StorageFull } else { io::ErrorKind::TimedOut };
-    Error::Generic { store: "faulty", source: Box::new(io::Error::from(kind)) }
+fn error(fault: Fault, location: &Path) -> Error {
+    let source = |kind| Box::new(io::Error::from(kind));
+    match fault {
+        Fault::ReadOnly => {
+            Error::PermissionDenied { path: location.to_string(), source: source(io::ErrorKind::ReadOnlyFilesystem) }
+        }
+        Fault::Full => Error::Generic { store: "faulty", source: source(io::ErrorKind::StorageFull) },
+        _ => Error::Generic { store: "faulty", source: source(io::ErrorKind::TimedOut) },
+    }
 }
 
 // The trait is declared with `async_trait`; these are the signatures it expands to.
@@ -88,14 +108,14 @@ impl ObjectStore for FaultyObjects {
                 None => self.objects.put_opts(location, payload, options).await,
                 Some(Fault::LostAnswer) => {
                     self.objects.put_opts(location, payload, options).await?;
-                    Err(error(Fault::LostAnswer))
+                    Err(error(Fault::LostAnswer, location))
                 }
                 Some(Fault::Cut) => {
                     let bytes = Bytes::from(payload);
                     let half = PutPayload::from_bytes(bytes.slice(..bytes.len() / 2));
                     self.objects.put_opts(location, half, options).await
                 }
-                Some(fault) => Err(error(fault)),
+                Some(fault) => Err(error(fault, location)),
             }
         }
         .boxed()
@@ -113,7 +133,7 @@ impl ObjectStore for FaultyObjects {
         async move {
             match self.faults.take(location, true) {
                 None => self.objects.put_multipart_opts(location, options).await,
-                Some(fault) => Err(error(fault)),
+                Some(fault) => Err(error(fault, location)),
             }
         }
         .boxed()
@@ -127,7 +147,7 @@ impl ObjectStore for FaultyObjects {
         async move {
             match self.faults.take(location, false) {
                 None => self.objects.get_opts(location, options).await,
-                Some(fault) => Err(error(fault)),
+                Some(fault) => Err(error(fault, location)),
             }
         }
         .boxed()
@@ -137,7 +157,10 @@ impl ObjectStore for FaultyObjects {
         let faults = self.faults.clone();
         let checked = locations.map(move |location| {
             let location = location?;
-            faults.take(&location, true).map_or(Ok(location), |fault| Err(error(fault)))
+            match faults.take(&location, true) {
+                None => Ok(location),
+                Some(fault) => Err(error(fault, &location)),
+            }
         });
         self.objects.delete_stream(checked.boxed())
     }

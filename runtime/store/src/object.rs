@@ -100,8 +100,11 @@ impl Store {
             fs::create_dir_all(&folder)?;
             fs::canonicalize(folder)
         };
-        let root =
-            open(folder).map_err(|source| StoreError::Io { op: "open the store", path: folder.to_owned(), source })?;
+        let root = open(folder).map_err(|source| match source.kind() {
+            // `/proc` says "not found" of what may not be made in it.
+            io::ErrorKind::NotFound => StoreError::Io { op: "open the store", path: folder.to_owned(), source },
+            _ => StoreError::io("open the store", folder)(source),
+        })?;
         let objects = LocalFileSystem::new_with_prefix(&root)
             .map_err(|error| StoreError::object("open the store", &root.display().to_string(), error))?;
         Ok(Self::with_parts(url, Arc::new(objects), ObjectPath::default(), Some(root)))

@@ -39,10 +39,10 @@ impl ModelFolder {
         trainable: bool,
     ) -> Result<Self, Error> {
         let dir = ctx.local_dir(artifact)?;
-        let loaded = dsv3_model::load(&dir, precision, trainable)?;
+        let loaded = dsv3_model::load(&dir, precision, trainable).map_err(|error| ctx.in_artifact(artifact, error))?;
         warn(ctx, &dir, &loaded.warnings);
-        let tokenizer = Tokenizer::from_folder(&dir)?;
-        let template = ChatTemplate::from_folder(&dir)?;
+        let tokenizer = Tokenizer::from_folder(&dir).map_err(|error| ctx.in_artifact(artifact, error))?;
+        let template = ChatTemplate::from_folder(&dir).map_err(|error| ctx.in_artifact(artifact, error))?;
         let carried = TOKENIZER_FILES.iter().filter_map(|name| read_optional(&dir, name)).collect::<Result<_, _>>()?;
         Ok(Self { model: loaded.model, tokenizer, template, carried })
     }

@@ -81,12 +81,20 @@ impl<'a> TokenWriter<'a> {
     /// # Errors
     /// When an id lies outside the vocabulary, or a finished shard cannot be stored.
     pub fn push_document(&mut self, ids: &[u32], source: &str) -> Result<()> {
+        self.documents += 1;
+        self.starts.push(self.tokens.len() as u32);
+        self.extend_document(ids, source)
+    }
+
+    /// Appends more tokens to the document that [`Self::push_document`] began.
+    ///
+    /// # Errors
+    /// As [`Self::push_document`].
+    pub fn extend_document(&mut self, ids: &[u32], source: &str) -> Result<()> {
         if let Some(id) = ids.iter().find(|id| u64::from(**id) >= self.vocab_size) {
             return Err(DataError::tokenizer(format!("id {id} is outside the vocabulary of {}", self.vocab_size)));
         }
-        self.documents += 1;
         *self.source_tokens.entry(source.to_owned()).or_default() += ids.len() as u64;
-        self.starts.push(self.tokens.len() as u32);
         self.append(ids)
     }
 

@@ -78,7 +78,20 @@ fn one(diagnostics: &Diagnostics, problem: &Diagnostic, renderer: &Renderer) -> 
     if let Some(help) = &problem.help {
         group = group.element(Level::HELP.message(help.as_str()));
     }
-    renderer.render(&[group])
+    without_empty_origins(&renderer.render(&[group]))
+}
+
+/// A cut window has no path of its own, since its columns are not those of the line; its place was printed above it. The
+/// renderer marks such a window with the arrow of a second file and nothing behind it.
+fn without_empty_origins(text: &str) -> String {
+    let is_empty = |line: &str| {
+        // Colours are `ESC [ .. m`.
+        let mut parts = line.split('\u{1b}');
+        let first = parts.next().unwrap_or_default().to_owned();
+        let rest = parts.map(|part| part.split_once('m').map_or(part, |(_, shown)| shown));
+        rest.fold(first, |shown, part| shown + part).trim() == ":::"
+    };
+    text.split('\n').filter(|line| !is_empty(line)).collect::<Vec<_>>().join("\n")
 }
 
 /// The whole report.
@@ -116,8 +129,13 @@ mod tests {
         let long = format!("k: [{}]", "é,".repeat(400_000));
         let source = sources.add(Source::new("p.yaml", long, "."));
         let problem = Diagnostic::new(Span { source, start: 600_001, end: 600_900 }, "bad");
-        let text = Diagnostics::new(sources, vec![problem]).to_string();
+        let diagnostics = Diagnostics::new(sources, vec![problem]);
+        let text = diagnostics.to_string();
         assert!(text.len() < 3000, "{}", text.len());
-        assert!(text.contains("p.yaml:1:"), "{text}");
+        assert!(text.contains(" --> p.yaml:1:"), "{text}");
+        // The place once, and no arrow to nowhere.
+        for text in [text, diagnostics.render(true)] {
+            assert!(!text.contains(":::") && text.contains("^"), "{text}");
+        }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, path::PathBuf, sync::Arc, time::Duration};
 
-use dsv3_core::{ArtifactRef, Cancel, Error, ErrorKind, Event, Outcome, canonical_json, json_digest};
+use dsv3_core::{ArtifactRef, Cancel, Digest, Error, ErrorKind, Event, Outcome, canonical_json, json_digest};
 use dsv3_hooks::{Hook, World};
 use dsv3_stage::{Closing, Ctx, CtxParts, StageEntry};
 use dsv3_store::{Holder, Lease, OutputEntry, StageResult, nonce};
@@ -12,7 +12,7 @@ use super::Run;
 use crate::{
     cached::{self, Found, Inputs},
     check::parse_device,
-    plan::{Plan, PlannedStage, key::KeyRecord},
+    plan::{InputRef, Plan, PlannedStage, key::KeyRecord},
 };
 
 /// How often a request to stop and the lease are looked at.
@@ -128,6 +128,7 @@ impl Run<'_> {
             store: self.store.clone(),
             runtime: tokio::runtime::Handle::current(),
             sources: Arc::new(self.plan.sources.clone()),
+            origins: self.origins(stage),
             events: self.events.clone(),
             cancel,
             hooks: self.hooks(stage).await?,
@@ -135,6 +136,20 @@ impl Run<'_> {
             scratch,
             stay: self.options.stay,
         }))
+    }
+
+    /// `stage.output` by artifact, for what the stage reads from other stages.
+    fn origins(&self, stage: &PlannedStage) -> BTreeMap<Digest, String> {
+        let mut origins = BTreeMap::new();
+        for value in stage.inputs.iter().flat_map(|input| &input.values) {
+            let InputRef::Stage { stage: from, port } = value else { continue };
+            let many = format!("{port}[");
+            let outputs = self.results.get(from).map(|result| result.outputs.as_slice()).unwrap_or_default();
+            for output in outputs.iter().filter(|output| output.name == *port || output.name.starts_with(&many)) {
+                origins.entry(output.digest).or_insert_with(|| format!("{from}.{}", output.name));
+            }
+        }
+        origins
     }
 
     /// The stage's lineage, marked when this stage or one before it has been run under several numerics profiles: bits are

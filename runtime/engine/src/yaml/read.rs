@@ -14,6 +14,8 @@ use crate::diagnostics::{Diagnostic, Source, Span};
 const BYTES_MAX: usize = 32 << 20;
 /// Most nodes in the tree, copies made by aliases included.
 const NODES_MAX: usize = 400_000;
+/// Most bytes of text in the tree, copies made by aliases included.
+const TEXT_BYTES_MAX: usize = 64 << 20;
 /// Deepest nesting.
 const DEPTH_MAX: usize = 100;
 
@@ -34,6 +36,8 @@ struct Frame {
 struct Size {
     nodes: usize,
     depth: usize,
+    /// Bytes of the texts and keys.
+    bytes: usize,
 }
 
 struct Builder<'a> {
@@ -42,6 +46,7 @@ struct Builder<'a> {
     stack: Vec<Frame>,
     anchors: BTreeMap<usize, (Node, Size)>,
     nodes: usize,
+    bytes: usize,
     root: Option<Node>,
     documents: usize,
     problems: Vec<Diagnostic>,
@@ -59,6 +64,7 @@ pub(crate) fn read(source: u32, text: &Source) -> (Option<Node>, Vec<Diagnostic>
         stack: Vec::new(),
         anchors: BTreeMap::new(),
         nodes: 0,
+        bytes: 0,
         root: None,
         documents: 0,
         problems: Vec::new(),
@@ -164,15 +170,20 @@ impl<'a> Builder<'a> {
             }
             Event::Scalar(text, style, anchor, tag) => {
                 let node = self.scalar(&text, style, tag.as_deref(), span);
-                self.finish(node, anchor, Size { nodes: 1, depth: 1 })
+                self.take_bytes(text.len(), span)
+                    && self.finish(node, anchor, Size { nodes: 1, depth: 1, bytes: text.len() })
             }
             Event::SequenceStart(_, anchor, tag) => self.open(false, anchor, tag.as_deref(), span),
             Event::MappingStart(_, anchor, tag) => self.open(true, anchor, tag.as_deref(), span),
             Event::SequenceEnd | Event::MappingEnd => self.close(span),
-            Event::Alias(anchor) => match self.anchors.get(&anchor).cloned() {
-                Some((mut node, size)) => {
-                    node.span = span;
-                    self.finish(node, 0, size)
+            Event::Alias(anchor) => match self.anchors.get(&anchor).map(|(_, size)| *size) {
+                Some(size) => {
+                    // Looked at before anything is copied.
+                    self.take_bytes(size.bytes, span)
+                        && match self.anchors.get(&anchor).cloned() {
+                            Some((node, size)) => self.finish(Node { span, ..node }, 0, size),
+                            None => false,
+                        }
                 }
                 None => {
                     self.problem(span, "this alias stands inside the value that it repeats");
@@ -181,6 +192,17 @@ impl<'a> Builder<'a> {
             },
             _ => true,
         }
+    }
+
+    /// Counts text that is kept; false when there is too much of it.
+    fn take_bytes(&mut self, bytes: usize, span: Span) -> bool {
+        self.bytes = self.bytes.saturating_add(bytes);
+        let fits = self.bytes <= TEXT_BYTES_MAX;
+        if !fits {
+            let most = TEXT_BYTES_MAX >> 20;
+            self.problem(span, format!("the file holds more than {most} MB of text, copies made by aliases included"));
+        }
+        fits
     }
 
     fn problem(&mut self, span: Span, message: impl Into<String>) {
@@ -214,7 +236,7 @@ impl<'a> Builder<'a> {
             self.problem(span, format!("values are nested deeper than {DEPTH_MAX} levels here"));
             return false;
         }
-        let size = Size { nodes: 1, depth: 0 };
+        let size = Size { nodes: 1, depth: 0, bytes: 0 };
         self.stack.push(Frame { map, anchor, span, size, items: Vec::new(), entries: Vec::new(), key: None });
         true
     }
@@ -223,7 +245,7 @@ impl<'a> Builder<'a> {
         let Some(frame) = self.stack.pop() else { return true };
         let span = Span { end: end.end.max(frame.span.end), ..frame.span };
         let value = if frame.map { Value::Map(self.merge(frame.entries)) } else { Value::List(frame.items) };
-        let size = Size { nodes: frame.size.nodes, depth: frame.size.depth + 1 };
+        let size = Size { depth: frame.size.depth + 1, ..frame.size };
         self.finish(Node::new(value, span), frame.anchor, size)
     }
 
@@ -243,6 +265,9 @@ impl<'a> Builder<'a> {
             return false;
         }
         if anchor > 0 {
+            if !self.take_bytes(size.bytes, node.span) {
+                return false;
+            }
             self.anchors.insert(anchor, (node.clone(), size));
         }
         let Some(frame) = self.stack.last_mut() else {
@@ -250,6 +275,7 @@ impl<'a> Builder<'a> {
             return true;
         };
         frame.size.nodes += size.nodes;
+        frame.size.bytes += size.bytes;
         frame.size.depth = frame.size.depth.max(size.depth);
         if !frame.map {
             frame.items.push(node);

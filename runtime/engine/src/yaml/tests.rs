@@ -48,8 +48,10 @@ fn hostile_texts_are_refused_with_a_place() {
     }
     let nested = format!("a: {}{}", "[".repeat(5000), "]".repeat(5000));
     let blocks: String = (0..400).map(|i| format!("{}k:\n", " ".repeat(i))).collect();
+    let long = format!("a: &a {}\nb: [{}]\n", "x".repeat(1 << 20), vec!["*a"; 100_000].join(", "));
     for (text, part) in [
         (bomb.as_str(), "copies made by aliases"),
+        (&long, "64 MB of text, copies made by aliases"),
         (&nested, "nest"),
         (&blocks, "nest"),
         ("a:\n\tb: 1\n", "not YAML"),

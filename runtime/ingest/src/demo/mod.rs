@@ -25,7 +25,7 @@ pub mod problems;
 pub mod real;
 pub mod table;
 
-use std::path::Path;
+use std::{borrow::Cow, path::Path};
 
 use dsv3_core::Rng;
 
@@ -65,7 +65,7 @@ pub fn generate(folder: &Path) -> Result<Vec<(String, Vec<u8>)>, IngestError> {
     let documents = corpus::corpus(&real, &mut pool, root.key("corpus"), CORPUS_TOKENS)?;
     let texts = || documents.iter().map(|document| document.text.as_str());
     let total_bytes = texts().map(|text| text.len() as u64).sum();
-    let tokenizer = train_tokenizer(&tokenizer_options(), texts(), total_bytes, SEED)?;
+    let tokenizer = train_tokenizer(&tokenizer_options(), texts().map(Cow::Borrowed), total_bytes, SEED)?;
     let planted = corpus::with_planted(documents, root.key("planted"));
     files.extend(table(&planted).split("corpus", FILE_BYTES_MAX)?);
     files.push(one("validation", &table(&corpus::validation(&real, root.key("validation"))))?);

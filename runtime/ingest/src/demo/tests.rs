@@ -31,7 +31,7 @@ fn files(prefix: &str) -> Vec<PathBuf> {
 }
 
 fn run(options: &IngestOptions, paths: &[PathBuf], tokenizer: Option<Tokenizer>) -> Ingested {
-    let host = Host { progress: &|_, _, _| (), cancel: &Cancel::new() };
+    let host = Host { progress: &|_, _, _| (), cancel: &Cancel::new(), scratch: None };
     ingest(options, paths, tokenizer, Some(quality()), 7, &host, &mut |_, _| Ok(())).unwrap()
 }
 

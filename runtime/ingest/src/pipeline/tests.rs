@@ -4,6 +4,7 @@ use std::{cell::RefCell, fs};
 
 use dsv3_core::{Error, ErrorKind};
 use dsv3_data::TokenDataset;
+use dsv3_hooks::{Cause, FilterOutcome, HookError, Verdict};
 
 use super::*;
 use crate::options::{AlignOptions, FimOptions};
@@ -26,7 +27,7 @@ impl Bench {
     }
 
     fn run(&self, options: &IngestOptions, inputs: &[PathBuf], filter: Option<&dyn DocumentFilter>) -> Result<Made> {
-        let host = Host { progress: &|_, _, _| (), cancel: &Cancel::new() };
+        let host = Host { progress: &|_, _, _| (), cancel: &Cancel::new(), scratch: None };
         let shards = RefCell::new(Vec::new());
         let mut sink = |name: &str, bytes: Vec<u8>| -> std::result::Result<(), Error> {
             let path = self.folder.path().join(name);
@@ -164,7 +165,7 @@ fn what_cannot_be_done_says_why() {
     assert_eq!(error, "fim.rate: 2 is no share between 0 and 1");
     let cancel = Cancel::new();
     cancel.cancel();
-    let host = Host { progress: &|_, _, _| (), cancel: &cancel };
+    let host = Host { progress: &|_, _, _| (), cancel: &cancel, scratch: None };
     let stopped = ingest(&options(), &inputs, None, None, 7, &host, &mut |_, _| Ok(())).unwrap_err();
     assert_eq!(Error::from(stopped).kind, ErrorKind::Cancelled);
 }
@@ -174,7 +175,87 @@ fn a_large_corpus_is_sampled_the_same_way_each_time() {
     let texts: Vec<String> = (0..2000).map(|i| format!("words {i} and more words {}", i * 7)).collect();
     let total = texts.iter().map(|text| text.len() as u64).sum();
     let small = IngestOptions { tokenizer_sample_bytes: total / 10, ..options() };
-    let train = |options: &IngestOptions| train_tokenizer(options, texts.iter().map(String::as_str), total, 3).unwrap();
+    let train = |options: &IngestOptions| {
+        train_tokenizer(options, texts.iter().map(|text| Cow::Borrowed(text.as_str())), total, 3).unwrap()
+    };
     assert_eq!(train(&small).to_bytes(), train(&small).to_bytes());
     assert_ne!(train(&small).to_bytes(), train(&options()).to_bytes());
+}
+
+/// A document of some `bytes` whose words and numbers do not repeat.
+fn long_document(bytes: usize) -> String {
+    let mut rng = Rng::new(1);
+    let mut text = String::new();
+    while text.len() < bytes {
+        text += &format!("word{} and {} more.\n", rng.below(1000), rng.next_u64());
+    }
+    text
+}
+
+#[test]
+fn a_long_document_is_one_document_and_every_token_of_it_is_there() {
+    let bench = Bench::new();
+    let text = long_document(3 * PIECE_BYTES);
+    let inputs = bench.input("in.jsonl", &[("before", "a"), (&text, "a"), ("after", "a")]);
+    let options = IngestOptions { shuffle: false, shard_tokens: 1 << 16, ..options() };
+    let made = bench.run(&options, &inputs, None).unwrap();
+    assert!(made.documents() == ["before", &text, "after"]);
+    assert_eq!(made.made.meta.documents, 3);
+    let whole = made.made.tokenizer.encode(&text).unwrap();
+    let at = made.stream.iter().position(|id| *id == 1).unwrap() + 1;
+    assert!(made.stream[at..at + whole.len()] == whole);
+}
+
+#[test]
+fn a_request_to_stop_is_heard_inside_a_document() {
+    let bench = Bench::new();
+    let inputs = bench.input("in.jsonl", &[(&long_document(16 * PIECE_BYTES), "a")]);
+    let tokenizer =
+        bench.run(&options(), &bench.input("small.jsonl", &[("some words", "a")]), None).unwrap().made.tokenizer;
+    let (cancel, steps) = (Cancel::new(), RefCell::new(Vec::new()));
+    let progress = |step: &'static str, _: u64, _: Option<u64>| {
+        steps.borrow_mut().push(step);
+        let later = cancel.clone();
+        std::thread::spawn(move || {
+            std::thread::sleep(std::time::Duration::from_millis(50));
+            later.cancel();
+        });
+    };
+    let host = Host { progress: &progress, cancel: &cancel, scratch: None };
+    let stopped = ingest(&options(), &inputs, Some(tokenizer), None, 7, &host, &mut |_, _| Ok(())).unwrap_err();
+    assert_eq!(Error::from(stopped).kind, ErrorKind::Cancelled);
+    assert_eq!(*steps.borrow(), ["read"], "it was not tokenised to its end");
+}
+
+#[test]
+fn a_document_that_cannot_be_tokenised_is_named_with_its_place() {
+    let bench = Bench::new();
+    let dull = "x".repeat(dsv3_data::UNCUT_BYTES_MAX + 1);
+    let inputs = bench.input("in.jsonl", &[("one", "a"), ("two", "a"), (&dull, "a")]);
+    let error: Error = bench.run(&options(), &inputs, None).unwrap_err().into();
+    assert_eq!(error.kind, ErrorKind::Data);
+    assert!(error.message.ends_with("in.jsonl: line 3: cannot be tokenised"), "{error}");
+    let cause = std::error::Error::source(&error).unwrap().to_string();
+    assert!(cause.contains("more than 8 MiB without a place where it may be cut"), "{cause}");
+    assert!(error.help.unwrap().contains("break the document up"));
+}
+
+#[test]
+fn a_corpus_that_lies_in_the_scratch_folder_gives_the_same_stream() {
+    let bench = Bench::new();
+    let texts: Vec<String> = (0..500).map(|i| format!("document {i} of many, with some words in it")).collect();
+    let documents: Vec<(&str, &str)> = texts.iter().map(|text| (text.as_str(), "a")).collect();
+    let inputs = bench.input("in.jsonl", &documents);
+    let made = |scratch: Option<&Path>| {
+        let mut shards = Vec::new();
+        let host = Host { progress: &|_, _, _| (), cancel: &Cancel::new(), scratch };
+        let made = ingest(&options(), &inputs, None, None, 7, &host, &mut |_, bytes| {
+            shards.push(bytes);
+            Ok(())
+        });
+        (made.unwrap().report, shards)
+    };
+    let folder = bench.folder.path().join("scratch");
+    crate::spool::with_memory_bytes_max(0, || assert!(made(Some(&folder)) == made(None)));
+    assert_eq!(fs::read_dir(&folder).unwrap().count(), 0, "and is gone from there");
 }

@@ -156,3 +156,26 @@ fn urls_that_name_no_store_are_refused() {
     assert_eq!(error.kind(), ErrorKind::Unavailable);
     assert!(error.to_string().contains("/proc/no-such-folder"), "{error}");
 }
+
+#[tokio::test]
+async fn a_store_that_takes_no_writes_says_so_and_can_be_read() {
+    let (store, faults) = faulty();
+    let digest = store.put_blob(Bytes::from_static(b"kept")).await.unwrap();
+    faults.plan("", Fault::ReadOnly, usize::MAX);
+    let errors = [
+        store.create("runs/a/plan.json", Bytes::from_static(b"1")).await.unwrap_err(),
+        store.put_blob(Bytes::from_static(b"new")).await.unwrap_err(),
+        store.delete(&format!("blobs/{digest}")).await.unwrap_err(),
+    ];
+    for error in errors {
+        assert!(matches!(error, StoreError::Denied { .. }), "{error:?}");
+        assert!(error.to_string().contains("memory://faulty/"), "{error}");
+        let error = dsv3_core::Error::from(error);
+        assert_eq!(error.kind, ErrorKind::Unavailable);
+        assert!(error.help.unwrap().contains("--store"));
+    }
+    assert_eq!(store.get_blob(digest).await.unwrap(), Bytes::from_static(b"kept"));
+    assert_eq!(store.put_blob(Bytes::from_static(b"kept")).await.unwrap(), digest, "what is there need not be written");
+    faults.clear();
+    store.create("runs/a/plan.json", Bytes::from_static(b"1")).await.unwrap();
+}
