@@ -67,12 +67,12 @@ impl Dir {
 
 #[test]
 fn a_filter_that_fails_ends_its_stage_and_nothing_else() {
-    let hook = "hooks:\n  hostile: { wasm: hostile.wasm, world: document-filter, limits: { deadline_ms: 300, memory_bytes: 16000000 } }\n";
+    let hook = "hooks:\n  hostile: { wasm: hostile.wasm, world: document-filter, limits: { deadline_ms: 300, memory_mb: 16 } }\n";
     let line = "good.jsonl: line 1: the document filter failed";
     let ways = [
         ("unreachable", "batch 0, item 0: it trapped: "),
         (ENDLESS, "batch 0: it ran longer than its deadline of 300 ms"),
-        (GREEDY, "batch 0, item 0: it wanted more memory than its limit of 16000000 bytes"),
+        (GREEDY, "batch 0, item 0: it wanted more memory than its limit of 16777216 bytes"),
         (DEEP, "batch 0, item 0: it trapped: wasm trap: call stack exhausted"),
     ];
     let ways = ways.map(|(body, said)| (body.to_owned(), said));
@@ -89,13 +89,13 @@ fn a_reward_that_fails_ends_its_stage_and_nothing_else() {
     let ways = [
         ("unreachable", "it trapped: "),
         (ENDLESS, "it ran longer than its deadline of 300 ms"),
-        (GREEDY, "it wanted more memory than its limit of 16000000 bytes"),
+        (GREEDY, "it wanted more memory than its limit of 16777216 bytes"),
         (DEEP, "it trapped: wasm trap: call stack exhausted"),
     ];
     let ways = ways.map(|(body, said)| (body.to_owned(), said));
     for (body, said) in ways.into_iter().chain(broken_scores()) {
         let hook = format!("hooks.bytes.wasm={}", place.write("hostile.wasm", reward(&body)));
-        let limits = "hooks.bytes.limits={ deadline_ms: 300, memory_bytes: 16000000 }";
+        let limits = "hooks.bytes.limits={ deadline_ms: 300, memory_mb: 16 }";
         let failed = place.run(&["--until", "rl", "--set", &hook, "--set", limits]);
         assert_eq!(failed.code, Some(65), "{said}\n{}", failed.errors);
         for part in ["stage `rl`: step 1", "hook `bytes`, batch 1", said, "help: "] {

@@ -36,7 +36,8 @@ const PIECES: [&[u8]; 26] = [
 pub(crate) fn mutate(mut bytes: Vec<u8>, other: &[u8], rng: &mut Rng) -> Vec<u8> {
     for _ in 0..=rng.below(4) {
         let at = rng.below(bytes.len() as u64 + 1) as usize;
-        let length = (1 + rng.below(1 << rng.below(8)) as usize).min(bytes.len() - at);
+        let most = 1 << rng.below(8);
+        let length = (1 + rng.below(most) as usize).min(bytes.len() - at);
         match rng.below(10) {
             0 if at < bytes.len() => bytes[at] ^= 1 << rng.below(8),
             1 if at < bytes.len() => bytes[at] = rng.below(256) as u8,

@@ -40,9 +40,9 @@ fn yaml() -> Vec<Seed> {
     let life = std::fs::read(root.join("tests/data/tiny/life.yaml")).expect("the recipe");
     let small = format!(
         "version: 1\nname: x\nparams: {{ rows: 16 }}\nstages:\n  a: {{ type: ingest, inputs: {{ documents: {DOCUMENTS} }}, config: {{ \
-         vocab_size: 270, row_tokens: ${{params.rows}} }} }}\n"
+         vocab_size: 270, row_tokens: '${{params.rows}}' }} }}\n"
     );
-    let stage = |config: &str| small.replace("row_tokens: ${params.rows}", config).into_bytes();
+    let stage = |config: &str| small.replace("row_tokens: '${params.rows}'", config).into_bytes();
     let mut bomb = "version: 1\nx-0: &a0 [x, x, x, x, x]\n".to_owned();
     (1..12).for_each(|i| bomb += &format!("x-{i}: &a{i} [*a{0}, *a{0}, *a{0}, *a{0}, *a{0}]\n", i - 1));
     let texts: Vec<(&str, Vec<u8>)> = vec![

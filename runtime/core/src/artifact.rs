@@ -139,9 +139,9 @@ impl Manifest {
         crate::canonical_json(&serde_json::to_value(self).unwrap_or_default()).into_bytes()
     }
 
-    /// Sum of the file lengths.
+    /// Sum of the file lengths. What a damaged manifest claims may be more than can be counted.
     pub fn bytes(&self) -> u64 {
-        self.files.iter().map(|file| file.bytes).sum()
+        self.files.iter().fold(0, |sum, file| sum.saturating_add(file.bytes))
     }
 
     /// The file at `path`.

@@ -80,11 +80,15 @@ impl Tokenizer {
     /// # Errors
     /// When the bytes are not a tokenizer this build understands.
     pub fn from_bytes(json: &[u8]) -> Result<Self> {
-        let mut chat = tokenizers::Tokenizer::from_bytes(json).map_err(DataError::tokenizer)?;
-        // Some published files cut every text to the context of the model they came with, or fill it up to that length.
-        chat.with_truncation(None).map_err(DataError::tokenizer)?;
-        chat.with_padding(None);
-        Self::wrap(chat, json.to_vec())
+        // The library gives up on a file that is cut inside some of its parts, where JSON's own reader says what is wrong.
+        serde_json::from_slice::<serde::de::IgnoredAny>(json).map_err(DataError::tokenizer)?;
+        guarded(|| {
+            let mut chat = tokenizers::Tokenizer::from_bytes(json).map_err(DataError::tokenizer)?;
+            // Some published files cut every text to the context of their model, or fill it up to that length.
+            chat.with_truncation(None).map_err(DataError::tokenizer)?;
+            chat.with_padding(None);
+            Self::wrap(chat, json.to_vec())
+        })
     }
 
     /// Reads a `tokenizer.json`.
@@ -247,7 +251,8 @@ impl Tokenizer {
     }
 
     fn decode_with(&self, ids: &[u32], skip_special: bool) -> String {
-        self.chat.decode(ids, skip_special).unwrap_or_else(|_| {
+        let decoded = guarded(|| self.chat.decode(ids, skip_special).map_err(DataError::tokenizer));
+        decoded.unwrap_or_else(|_| {
             let tokens: Vec<String> = ids.iter().filter_map(|id| self.id_to_token(*id)).collect();
             tokens.join(" ")
         })
@@ -316,8 +321,16 @@ impl Tokenizer {
 }
 
 fn ids(tokenizer: &tokenizers::Tokenizer, text: &str) -> Result<Vec<u32>> {
-    let encoding = tokenizer.encode_fast(text, false).map_err(DataError::tokenizer)?;
-    Ok(encoding.get_ids().to_vec())
+    guarded(|| {
+        let encoding = tokenizer.encode_fast(text, false).map_err(DataError::tokenizer)?;
+        Ok(encoding.get_ids().to_vec())
+    })
+}
+
+/// The library panics on some files whose parts do not fit together; that, too, is an error.
+fn guarded<T>(call: impl FnOnce() -> Result<T>) -> Result<T> {
+    std::panic::catch_unwind(std::panic::AssertUnwindSafe(call))
+        .unwrap_or_else(|_| Err(DataError::tokenizer("its parts do not fit together: the library gave up on it")))
 }
 
 /// Whether the split keeps two neighbouring texts apart.

@@ -81,7 +81,7 @@ impl HookError {
             Cause::Deadline(_) => {
                 "raise `limits.deadline_ms` of this hook or make it faster; a deadline always ends the stage"
             }
-            Cause::Memory(_) => "raise `limits.memory_bytes` of this hook, or make it use less",
+            Cause::Memory(_) => "raise `limits.memory_mb` of this hook, or make it use less",
             Cause::Fuel(_) => "raise `limits.fuel` of this hook, or make it do less",
             _ => "correct the hook, or choose `on_error: drop` or `on_error: keep` for it",
         }

@@ -144,6 +144,7 @@ impl Store {
     pub fn display_path(&self, path: &str) -> String {
         match &self.inner.local {
             Some(root) => root.join(path).display().to_string(),
+            None if self.inner.url.ends_with("://") => format!("{}{path}", self.inner.url),
             None => format!("{}/{path}", self.inner.url.trim_end_matches('/')),
         }
     }

@@ -13,7 +13,7 @@ use std::{collections::BTreeMap, path::PathBuf};
 
 use crate::{
     diagnostics::{Diagnostic, Source, Sources, Span},
-    yaml::{self, Node},
+    yaml::{self, Node, Value},
 };
 
 /// What the caller adds to the text of a pipeline.
@@ -156,7 +156,8 @@ pub(crate) fn read(name: &str, text: &str, base: PathBuf, options: &LoadOptions)
         None => (None, Vec::new()),
     };
     let mut reading = Reading { sources, current_dir, written: None, problems: Vec::new() };
-    if let Some(mut root) = root {
+    // `---` alone is a document that holds nothing.
+    if let Some(mut root) = root.filter(|root| root.value != Value::Null) {
         for argument in &options.sets {
             let source = Source::new(format!("--set {argument}"), argument.clone(), reading.current_dir.clone());
             let index = reading.sources.add(source);
