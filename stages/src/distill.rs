@@ -54,7 +54,7 @@ pub(crate) struct Distill;
 
 impl Stage for Distill {
     const NAME: &'static str = "distill";
-    const VERSION: u32 = 1;
+    const VERSION: u32 = 2;
     const ABOUT: &'static str = "Makes conversations from reasoning traces, keeping only those a reward accepts";
     const HOOKS: &'static [HookPort] =
         &[HookPort { name: "reward", world: World::Reward, required: false, doc: "Judges every trace" }];
@@ -105,6 +105,7 @@ impl Stage for Distill {
         ctx.set_metric("problems", report.problems as f64);
         ctx.set_metric("judged", report.judged as f64);
         ctx.set_metric("rejection_rate", report.rejection_rate);
+        ctx.set_metric("reward_mean", report.reward_mean);
         ctx.set_metric("samples", made.samples.len() as f64);
         let text = serde_json::to_vec_pretty(report)
             .map_err(|source| Error::internal("the report cannot be written").source(source))?;

@@ -112,7 +112,7 @@ pub(crate) struct Evaluate;
 
 impl Stage for Evaluate {
     const NAME: &'static str = "evaluate";
-    const VERSION: u32 = 1;
+    const VERSION: u32 = 2;
     const ABOUT: &'static str = "Scores a model on benchmarks: exact answers, choices by likelihood, retrieval";
     type Config = Config;
     type Inputs = Inputs;
@@ -160,8 +160,8 @@ impl Stage for Evaluate {
                 ctx.set_metric(&name, *value);
                 let old = yardstick.as_ref().and_then(|old| old.figures.iter().find(|(other, _)| other == figure));
                 if let Some((_, old)) = old {
-                    ctx.set_metric(&format!("{name}_before"), *old);
-                    ctx.set_metric(&format!("{name}_gain"), value - old);
+                    ctx.set_metric(&suffixed(&name, "_before"), *old);
+                    ctx.set_metric(&suffixed(&name, "_gain"), value - old);
                 }
             }
             let before = yardstick.map(|old| old.counts);
@@ -170,6 +170,15 @@ impl Stage for Evaluate {
         let text = serde_json::to_vec_pretty(&report)
             .map_err(|source| Error::internal("the report cannot be written").source(source))?;
         Ok(Outputs { report: ctx.publish(vec![ctx.put("report.json", text)?], json!({}))? })
+    }
+}
+
+/// `name` with `suffix`, which goes before the place in a grid: `needle.words_gain.512.10`.
+fn suffixed(name: &str, suffix: &str) -> String {
+    let is_place = |part: &str| part.parse::<u64>().is_ok();
+    match name.rsplitn(3, '.').collect::<Vec<_>>()[..] {
+        [column, row, family] if is_place(column) && is_place(row) => format!("{family}{suffix}.{row}.{column}"),
+        _ => format!("{name}{suffix}"),
     }
 }
 

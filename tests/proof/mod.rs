@@ -2,6 +2,7 @@
 
 mod balance;
 mod cache_mla;
+mod extension;
 mod fp8_options;
 mod ingest;
 mod input;

@@ -4,7 +4,7 @@
 
 use std::sync::Arc;
 
-use crate::{Param, Tape, Tensor, Var, Weight, grouped_linear};
+use crate::{Param, Tape, Tensor, Var, Weight, activation, grouped_linear};
 
 fn one_group(x: &Tensor) -> [usize; 2] {
     [0, x.numel() / x.cols().max(1)]
@@ -16,6 +16,12 @@ fn one_group(x: &Tensor) -> [usize; 2] {
 /// When the shapes do not fit.
 pub fn forward(x: &Tensor, w: &Weight) -> Tensor {
     grouped_linear::forward(x, &one_group(x), w)
+}
+
+/// The values that a product of `x` with `w` reads: `x` rounded as the precision of `w` says, each row by itself. A form of
+/// the product that associates otherwise starts from these.
+pub fn rounded_input(x: &Tensor, w: &Weight) -> Tensor {
+    activation::input(x, w.rounding(), false).0
 }
 
 /// As [`forward`], recorded.

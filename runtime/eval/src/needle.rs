@@ -88,6 +88,16 @@ impl NeedleReport {
         sum
     }
 
+    /// One length by depth in whole percent of the text.
+    pub fn by_percent(&self, length_tokens: usize) -> BTreeMap<u64, NeedleCount> {
+        let mut out: BTreeMap<u64, NeedleCount> = BTreeMap::new();
+        for (depth, count) in self.cells.get(&length_tokens).into_iter().flatten() {
+            let percent = depth.parse::<f64>().map_or(0.0, |depth| (depth * 100.0).round());
+            out.entry(percent as u64).or_default().add(count);
+        }
+        out
+    }
+
     /// Lengths asked, ascending.
     pub fn lengths(&self) -> impl Iterator<Item = usize> + '_ {
         self.cells.keys().copied()

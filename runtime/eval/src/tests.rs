@@ -181,6 +181,8 @@ fn needles_have_their_length_and_are_counted_by_depth() {
     let deep = report.cells[&100]["1"];
     assert_eq!((deep.items, deep.exact, deep.words_right), (1, 1, answer as u64));
     assert_eq!(report.at(100).items, 3);
+    assert_eq!(report.by_percent(100).keys().copied().collect::<Vec<_>>(), [0, 50, 100]);
+    assert_eq!((report.by_percent(100)[&100], report.by_percent(7).len()), (deep, 0));
     assert_eq!(report.at(100).words, 3 * answer as u64);
     assert!(report.at(100).exact_share() < 0.5 && report.at(7).items == 0);
     assert_eq!(report.lengths().collect::<Vec<_>>(), [60, 100]);

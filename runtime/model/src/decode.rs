@@ -4,6 +4,9 @@
 //! to its own position as multi-query attention, q̃ = W_UKᵀ q^C, o = W_UV õ. Report §2.1.1, `reference/deepseek-v3.md` §2.
 //! A prediction module drafts in the same way from its own rows of the same pages.
 //!
+//! The training form rounds norm(c) as the precision of W_UK/UV says before it expands it. The cache holds c rounded so: a
+//! score (W_UKᵀ q)·c and a sum W_UV Σ p c then are the training form's but for the order of additions, in FP8 and BF16 too.
+//!
 //! **Invariant**: a token's hidden state is the same bits alone, in any batch, and however its prompt was cut into chunks:
 //! every op works row by row, and attention reads the cache only.
 
@@ -206,6 +209,7 @@ impl Model {
         let (q, latent) = attention.project(tape, w, x, shape.eps);
         let (c, k_rope) = columns::split(&latent.value, shape.rank);
         let c = rms_norm::forward(&c, &w[attention.kv_a_norm as usize].compute, shape.eps);
+        let c = linear::rounded_input(&c, &w[attention.kv_b as usize].compute);
         let k_rope = rope::forward(&k_rope, 0, &rows.positions, &shape.table);
         let (c, k_rope) = (c.as_f32().chunks_exact(shape.rank), k_rope.as_f32().chunks_exact(shape.rope));
         let places = rows.steps.iter().flat_map(|(seq, first, count)| (*first..first + count).map(move |p| (*seq, p)));

@@ -3,7 +3,7 @@
 //! For a problem there are two sample types: <problem, original response> and <system prompt, problem, reasoning trace>;
 //! a share of the traces may go without the system prompt. Traces come from a data set in the public R1 columns, or are
 //! written by a teacher model. Up to `tries` traces of a problem are judged, in order; the first whose reward reaches
-//! `accept_reward` is kept, the others are rejected and counted. Report §5.1, R1 §2.3.3.
+//! `accept_reward` is kept, the others are rejected and counted. With no `accept_reward` the first is kept, right or wrong. Report §5.1, R1 §2.3.3.
 
 use std::collections::BTreeMap;
 
@@ -51,8 +51,9 @@ pub struct DistillConfig {
     pub system_prompt: String,
     /// Traces judged per problem at most.
     pub tries: u32,
-    /// Reward a trace must reach to be kept.
-    pub accept_reward: f64,
+    /// Reward a trace must reach to be kept. `null` keeps the first trace of every problem, whatever it earns: the control
+    /// that shows what rejection is worth.
+    pub accept_reward: Option<f64>,
     /// Which samples a problem becomes.
     pub mix: Mix,
     /// Sampling temperature of a teacher model.
@@ -66,7 +67,7 @@ impl Default for DistillConfig {
         Self {
             system_prompt: "Think step by step and check your work.".to_owned(),
             tries: 4,
-            accept_reward: 1.0,
+            accept_reward: Some(1.0),
             mix: Mix::default(),
             temperature: 1.0,
             tokens_max: 1024,
@@ -243,7 +244,7 @@ fn accepted_traces(
         for (trace, score) in traces.into_iter().zip(scores) {
             report.judged += 1;
             reward_sum += score.total;
-            if score.total >= config.accept_reward {
+            if config.accept_reward.is_none_or(|least| score.total >= least) {
                 accepted[trace.problem] = Some(trace.text);
             } else {
                 report.rejected += 1;
@@ -343,6 +344,16 @@ mod tests {
         assert_eq!(out.samples[1].messages[0].role, "system");
         assert_eq!(out.samples[1].messages[2].content, good);
         assert_eq!(out.to_jsonl().iter().filter(|byte| **byte == b'\n').count(), 3);
+    }
+
+    #[test]
+    fn without_rejection_the_first_trace_is_kept_whatever_it_earns() {
+        let problems = [record(&["#### 3", "#### 2"], None), record(&["#### 2"], None)];
+        let config = DistillConfig { mix: Mix::Both, accept_reward: None, ..DistillConfig::default() };
+        let out = distill(&problems, &Teacher::Traces, &rewards(), &config, 1).unwrap();
+        let report = &out.report;
+        assert_eq!((report.judged, report.rejected, report.rejection_rate, report.reward_mean), (2, 0, 0.0, 0.5));
+        assert_eq!(out.samples[0].messages[2].content, "#### 3");
     }
 
     #[test]

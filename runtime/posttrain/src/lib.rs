@@ -12,6 +12,6 @@ pub mod sft;
 pub use distill::{DistillConfig, DistillReport, Distilled, Mix, Sample, Teacher};
 pub use error::{Error, Result};
 pub use reward::{Rewards, Rule, Scored, Scorer};
-pub use rl::{Rl, RlConfig};
+pub use rl::{Control, Rl, RlConfig};
 pub use rollout::Prompt;
 pub use sft::{ChatSource, Examples};

@@ -26,6 +26,16 @@ use crate::{
     sft::split,
 };
 
+/// A run that must learn nothing, to hold an honest one against.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Control {
+    /// The rewards of each group are exchanged among its completions, by a permutation drawn from the seed, the step and
+    /// the group. What the group earned stays, what it earned it for is lost: a run that still gains does not learn from
+    /// its reward. Metrics show each completion's own reward.
+    PermutedRewards,
+}
+
 /// Settings of the policy updates.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
@@ -44,6 +54,9 @@ pub struct RlConfig {
     pub objective: GrpoConfig,
     /// Learning rate over the steps.
     pub lr: LrSchedule,
+    /// Makes the run a control. Absent: completions are paid their own rewards.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub control: Option<Control>,
     /// Largest number of tokens of a forward pass, unless one row is longer.
     #[schemars(extend("x-key" = "numerics"))]
     pub micro_batch_tokens: usize,
@@ -59,6 +72,7 @@ impl Default for RlConfig {
             tokens_max: 256,
             objective: GrpoConfig::default(),
             lr: LrSchedule::constant(1e-6),
+            control: None,
             micro_batch_tokens: 4096,
         }
     }
@@ -125,8 +139,8 @@ impl Rl<'_> {
     fn roll_out(&self, model: &Model, cursor: u64, step: u64) -> Result<Vec<Rollout>, TrainError> {
         let positions = cursor..cursor + self.config.prompts_per_step as u64;
         let prompts: Vec<&Prompt> = positions.map(|position| self.prompt(position)).collect();
-        let RlConfig { group, temperature, tokens_max, .. } = self.config;
-        let draw = Draw { group, temperature, tokens_max, seed: self.seed, step };
+        let RlConfig { group, temperature, tokens_max, control, .. } = self.config;
+        let draw = Draw { group, temperature, tokens_max, control, seed: self.seed, step };
         let rollouts = rollout::roll_out(model, &prompts, draw, self.tokenizer, self.scorer, self.cancel);
         rollouts.map_err(|error| match error {
             Error::Generate { source: dsv3_infer::Error::Cancelled } => TrainError::Cancelled,

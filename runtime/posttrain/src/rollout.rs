@@ -16,6 +16,7 @@ use dsv3_train::grpo;
 use crate::{
     error::{Error, Result},
     reward::{Scored, Scorer},
+    rl::Control,
     sft::split,
 };
 
@@ -94,6 +95,8 @@ pub struct Draw {
     pub temperature: f64,
     /// New tokens at most.
     pub tokens_max: usize,
+    /// Makes the run a control.
+    pub control: Option<Control>,
     /// Seed of the stage.
     pub seed: u64,
     /// Step of the run.
@@ -136,8 +139,7 @@ pub fn roll_out(
         })
         .collect();
     let scores = scorer.score(draw.step, &items)?;
-    let rewards: Vec<f32> = scores.iter().map(|score| score.total as f32).collect();
-    let advantages = grpo::advantages(&rewards, draw.group);
+    let advantages = grpo::advantages(&paid(&scores, draw), draw.group);
     let rollouts = repeated.iter().zip(completions).zip(scores.into_iter().zip(advantages));
     Ok(rollouts
         .map(|((prompt, completion), (score, advantage))| Rollout {
@@ -149,6 +151,18 @@ pub fn roll_out(
             advantage,
         })
         .collect())
+}
+
+/// The rewards that completions learn from: their own ones unless the run is a control.
+fn paid(scores: &[Scored], draw: Draw) -> Vec<f32> {
+    let mut rewards: Vec<f32> = scores.iter().map(|score| score.total as f32).collect();
+    if draw.control == Some(Control::PermutedRewards) {
+        let noise = Rng::new(draw.seed).key("permuted_rewards").key(draw.step);
+        for (number, group) in rewards.chunks_mut(draw.group.max(1)).enumerate() {
+            noise.key(number).shuffle(group);
+        }
+    }
+    rewards
 }
 
 /// The completion's text, without the id that ended it.
@@ -206,4 +220,31 @@ pub fn largest_gap(rollouts: &[Rollout], path: &[Vec<f32>]) -> f64 {
         rollout.drawn.iter().zip(path).map(|(drawn, path)| f64::from((drawn - path).abs()))
     });
     gaps.fold(0.0, f64::max)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn permuted_rewards_stay_in_their_groups_and_forget_their_completions() {
+        let score = |total| Scored { total, parts: Vec::new() };
+        let scores: Vec<Scored> = (0..24).map(|i| score(f64::from(i))).collect();
+        let draw = |control, step| Draw { group: 8, temperature: 1.0, tokens_max: 4, control, seed: 1, step };
+        let honest = paid(&scores, draw(None, 1));
+        assert_eq!(honest, (0..24).map(|i| i as f32).collect::<Vec<_>>());
+        let (mut sum, control) = (vec![0.0; 24], Some(Control::PermutedRewards));
+        for step in 0..400 {
+            let permuted = paid(&scores, draw(control, step));
+            assert_eq!(permuted, paid(&scores, draw(control, step)));
+            for (honest, permuted) in honest.chunks(8).zip(permuted.chunks(8)) {
+                let mut sorted = permuted.to_vec();
+                sorted.sort_by(f32::total_cmp);
+                assert_eq!(sorted, honest, "the same rewards within the group");
+            }
+            sum.iter_mut().zip(permuted).for_each(|(sum, reward)| *sum += f64::from(reward) / 400.0);
+        }
+        // Each completion is paid its group's mean in the long run, so its expected advantage is zero.
+        assert!(sum.iter().enumerate().all(|(i, mean)| (mean - (i / 8 * 8) as f64 - 3.5).abs() < 0.5), "{sum:?}");
+    }
 }

@@ -188,29 +188,16 @@ fn every_completion_is_scored_once_and_equal_rewards_teach_nothing() {
     }
 }
 
-/// Counts letters `a` as a part, but pays each completion the reward of another one of its group.
-struct Permuted;
-
-impl Scorer for Permuted {
-    fn score(&self, batch: u64, items: &[RewardItem<'_>]) -> Result<Vec<Scored>> {
-        let counts: Vec<f64> = items.iter().map(|item| item.completion.matches('a').count() as f64).collect();
-        let mut totals = counts.clone();
-        for (group, totals) in totals.chunks_mut(config().group).enumerate() {
-            Rng::new(5).key("permuted").key(batch).key(group as u64).shuffle(totals);
-        }
-        let scored = |(total, count)| Scored { total, parts: vec![("a".to_owned(), count)] };
-        Ok(totals.into_iter().zip(counts).map(scored).collect())
-    }
-}
-
 #[test]
 fn rewards_of_other_completions_teach_nothing_useful() {
-    let gain = |trainer: &Trainer| {
-        let figure = trainer.state.figures.get("reward.a").unwrap();
+    let gain = |control| {
+        let (cancel, config) = (Cancel::new(), RlConfig { control, ..config() });
+        let scorer = Letters { stop_at: None, cancel: cancel.clone() };
+        let trainer = run_with(config, &scorer, &cancel, &Memory::default(), true);
+        let figure = trainer.state.figures.get("reward_mean").unwrap();
         figure.late_mean() - figure.first
     };
-    let honest = gain(&run(&Memory::default(), None));
-    let permuted = gain(&run_with(config(), &Permuted, &Cancel::new(), &Memory::default(), true));
+    let (honest, permuted) = (gain(None), gain(Some(Control::PermutedRewards)));
     assert!(honest > 0.5 && permuted < honest / 4.0, "{honest} {permuted}");
 }
 
