@@ -125,6 +125,9 @@ fn a_tiny_model_lives_its_whole_life() {
         "base.loss_mtp_1_last",
         "base.load_max_mean_late",
         "extended.needle.128.words_gain",
+        "extended.needle.words_base.128.30",
+        "extended.needle.words_yarn_untrained.128.30",
+        "extended.needle.words.128.30",
         "traces.rejection_rate",
         "sft.loss_last",
         "rl.reward_mean_last",
@@ -137,6 +140,8 @@ fn a_tiny_model_lives_its_whole_life() {
         "evaluation.exact.accuracy_gain",
         "evaluation.choice.accuracy",
         "evaluation.needle.128.words",
+        "evaluation.needle.words_before.128.70",
+        "evaluation.needle.words_gain.128.70",
         "server.tokens_per_second",
         "server.draft_acceptance",
     ] {
