@@ -1,6 +1,7 @@
 //! End-to-end tests of the whole project. One binary: it links once, and `cargo test golden` picks out what it names.
 
 mod cli;
+mod clients;
 mod embed;
 mod faults;
 mod fuzz;
@@ -8,6 +9,7 @@ mod golden;
 #[path = "../runtime/hooks/tests/guest/mod.rs"]
 mod guest;
 mod hooks;
+mod memory;
 mod pipelines;
 mod proof;
 mod report;

@@ -20,7 +20,7 @@ use serde_json::{Value, json};
 const LOGPROB_LIMIT: f64 = 2e-3;
 
 /// A running server; killed when dropped.
-struct Server {
+pub(crate) struct Server {
     child: Child,
     address: SocketAddr,
 }
@@ -32,9 +32,17 @@ fn serve(args: &[&str]) -> Command {
 }
 
 impl Server {
-    fn start(folder: &Path, args: &[&str]) -> Self {
+    /// The binary under test on `folder`.
+    pub(crate) fn start(folder: &Path, args: &[&str]) -> Self {
+        Self::of(None, folder, args)
+    }
+
+    /// Another binary, if one is named.
+    pub(crate) fn of(binary: Option<&Path>, folder: &Path, args: &[&str]) -> Self {
         let folder = folder.to_str().expect("a UTF-8 path");
-        let mut child = serve(&[&["--model", folder, "--port", "0"], args].concat()).spawn().expect("the binary runs");
+        let mut command = Command::new(binary.unwrap_or(Path::new(env!("CARGO_BIN_EXE_dsv3-pipeline"))));
+        command.args(["serve", "--model", folder, "--port", "0"]).args(args);
+        let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("the binary runs");
         let mut line = String::new();
         BufReader::new(child.stdout.as_mut().expect("piped")).read_line(&mut line).expect("a line");
         let address = line.trim().rsplit_once("http://").and_then(|(_, address)| address.parse().ok());
@@ -45,12 +53,21 @@ impl Server {
         Self { child, address }
     }
 
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    pub(crate) fn get(&self, path: &str) -> String {
+        dsv3_http::request(self.address, "GET", path, b"", Duration::from_secs(60)).expect("an answer").text()
+    }
+
     fn ask(&self, path: &str, body: &Value) -> dsv3_http::Reply {
         let body = body.to_string();
         dsv3_http::request(self.address, "POST", path, body.as_bytes(), Duration::from_secs(60)).expect("an answer")
     }
 
-    fn complete(&self, body: &Value) -> Value {
+    /// The first choice of a completion.
+    pub(crate) fn complete(&self, body: &Value) -> Value {
         let reply = self.ask("/v1/completions", body);
         assert_eq!(reply.status, 200, "{}", reply.text());
         reply.json().expect("JSON")["choices"][0].clone()

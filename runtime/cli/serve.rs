@@ -1,6 +1,6 @@
 //! `serve`: an OpenAI-compatible server for one folder in DeepSeek-V3 format.
 //!
-//! Prints one line with the address on standard output once requests are answered. SIGTERM and SIGINT end it with exit 0
+//! Prints one line with what it holds and the address on standard output once requests are answered. SIGTERM and SIGINT end it with exit 0
 //! within five seconds, also while it still loads. A missing folder is a bad command line (64), an unusable model bad data
 //! (65), a taken port something unavailable (69).
 
@@ -14,7 +14,7 @@ use std::{
 use dsv3_core::Error;
 use dsv3_http::{AppState, ModelText, Served};
 use dsv3_infer::{Engine, Options};
-use dsv3_model::{LoadPrecision, Model};
+use dsv3_model::{LatentType, LoadPrecision, Model};
 use dsv3_ops::{Fp8Format, Fp8Scales, Precision};
 
 /// Arguments of `serve`.
@@ -44,7 +44,22 @@ pub(crate) struct Args {
     /// Most memory of the latent cache, in MiB
     #[arg(long, default_value_t = 2048)]
     pub(crate) cache_mib: usize,
+    /// Element type of the latent cache: bf16 takes half the memory and rounds what it keeps
+    #[arg(long, value_enum, default_value_t = CacheType::F32)]
+    pub(crate) cache: CacheType,
 }
+
+/// Values of `--cache`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum CacheType {
+    /// BF16
+    Bf16,
+    /// Single precision
+    F32,
+}
+
+/// Dropped buffers kept for reuse: those of a step of a small model, and few enough to count as part of the program.
+const BUFFER_BYTES_MAX: usize = 16 << 20;
 
 /// Values of `--precision`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -81,11 +96,11 @@ pub(crate) async fn run(args: Args) -> Result<(), Error> {
     let bound = listener.local_addr().map_err(|source| unavailable(address, source))?;
     let name = args.name.clone().unwrap_or_else(|| folder_name(&args.model));
     let loading = tokio::task::spawn_blocking(move || load(&args, name));
-    let state = tokio::select! {
-        state = loading => state.map_err(|error| Error::internal("loading the model failed").source(error))??,
+    let (state, holds) = tokio::select! {
+        loaded = loading => loaded.map_err(|error| Error::internal("loading the model failed").source(error))??,
         () = &mut shutdown => return Ok(()),
     };
-    println!("serving {} on http://{bound}", state.model_id());
+    println!("serving {} ({holds}) on http://{bound}", state.model_id());
     std::io::stdout().flush().map_err(|error| Error::unavailable("cannot write to standard output").source(error))?;
     let (done, signalled) = tokio::sync::oneshot::channel::<()>();
     let server = dsv3_http::serve(listener, state, async move {
@@ -129,14 +144,25 @@ fn folder_name(folder: &Path) -> String {
     name.or_else(full).unwrap_or_else(|| "model".to_owned())
 }
 
-fn load(args: &Args, model_id: String) -> Result<AppState, Error> {
+/// Everything that answers requests, and a phrase that says what memory it holds.
+fn load(args: &Args, model_id: String) -> Result<(AppState, String), Error> {
     let precision = args.precision.map_or(LoadPrecision::Own, ServePrecision::load);
     let text = ModelText::from_folder(&args.model)?;
+    dsv3_ops::keep_buffers(BUFFER_BYTES_MAX);
     let loaded = dsv3_model::load(&args.model, precision, false)?;
     for warning in &loaded.warnings {
         eprintln!("warning: {warning}");
     }
-    let model: Arc<Model> = Arc::new(loaded.model);
+    let mut model: Model = loaded.model;
+    model.set_latents(match args.cache {
+        CacheType::Bf16 => LatentType::Bf16,
+        CacheType::F32 => LatentType::F32,
+    });
+    model.prepare();
+    // What reading and laying out weights needed beside them.
+    dsv3_ops::return_freed_memory();
+    let model = Arc::new(model);
+    let weights = model.compute_bytes();
     let options = Options { batch_max: args.batch_max, ..Options::default() };
     let options = options.fitting(model.as_ref(), args.cache_mib << 20);
     let served = Served {
@@ -147,7 +173,11 @@ fn load(args: &Args, model_id: String) -> Result<AppState, Error> {
         vocab_size: model.config.vocab_size,
         speculate: !args.no_speculate,
     };
-    Ok(AppState::new(served, Engine::start(model, options)?))
+    let engine = Engine::start(model, options)?;
+    let (cache, tokens) = (engine.cache_bytes(), engine.cache_tokens());
+    let mib = |bytes: usize| bytes as f64 / f64::from(1 << 20);
+    let holds = format!("weights {:.1} MiB, latent cache {:.1} MiB for {tokens} tokens", mib(weights), mib(cache));
+    Ok((AppState::new(served, engine), holds))
 }
 
 /// Resolves at the first SIGTERM or SIGINT; the handlers stand when this returns.

@@ -7,7 +7,7 @@ mod fp8_options;
 mod ingest;
 mod input;
 mod long_document;
-mod models;
+pub(crate) mod models;
 mod mtp;
 mod numerics;
 mod rl;

@@ -70,27 +70,14 @@ pub(crate) struct Product<'a> {
     pub(crate) accumulate: bool,
 }
 
-/// `c[m, n] (+)= a[m, k] · b[k, n]` in the calling thread. `c` is row-major with `c_stride` elements between rows.
-pub(crate) fn gemm_serial(
-    m: usize,
-    n: usize,
-    k: usize,
-    a: Mat<'_>,
-    b: Mat<'_>,
-    c: &mut [f32],
-    c_stride: usize,
-    accumulate: bool,
-) {
-    run_serial(Product { m, n, k, a, b: &b, c, c_stride, accumulate });
-}
-
 /// One product in the calling thread.
 pub(crate) fn run_serial(mut product: Product<'_>) {
     let (m, n) = (product.m, product.n);
     tile(Isa::best(), &check(&mut product), 0..m, 0..n);
 }
 
-/// As [`gemm_serial`], on the threads of the current rayon pool when the product is worth it.
+/// `c[m, n] (+)= a[m, k] · b[k, n]` on the threads of the current rayon pool when the product is worth it. `c` is
+/// row-major with `c_stride` elements between rows.
 pub(crate) fn gemm(
     m: usize,
     n: usize,

@@ -81,8 +81,8 @@ fn check(x: &Tensor, offsets: &[usize], w: &Weight) {
     assert!(offsets[0] == 0 && offsets[experts] == rows && offsets.is_sorted(), "linear: offsets must run to {rows}");
 }
 
-/// y = x·wᵀ on rounded values.
-fn multiply(x: &Tensor, offsets: &[usize], w: &Weight) -> Tensor {
+/// y = x·wᵀ on values that are rounded already, or never.
+pub(crate) fn multiply(x: &Tensor, offsets: &[usize], w: &Weight) -> Tensor {
     check(x, offsets, w);
     let (n, k) = (w.outputs(), w.inputs());
     let mut shape = x.shape().to_vec();

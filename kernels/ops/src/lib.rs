@@ -39,7 +39,7 @@ mod weight;
 
 pub use fp8::{Fp8, Fp8Format, Fp8Scales};
 pub use isa::instruction_set;
-pub use memory::keep_freed_memory;
+pub use memory::{keep_buffers, keep_freed_memory, return_freed_memory};
 pub use tape::{Back, Grads, Job, Param, ParamId, Tape, Var, VarId, WeightGrads};
 pub use tensor::{CpuBuf, DType, Device, Spans, Tensor};
 pub use weight::{Precision, Weight};

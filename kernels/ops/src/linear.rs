@@ -24,6 +24,14 @@ pub fn rounded_input(x: &Tensor, w: &Weight) -> Tensor {
     activation::input(x, w.rounding(), false).0
 }
 
+/// As [`forward`], but `x` is not rounded whatever the weight's precision: logits from a BF16 head.
+///
+/// # Panics
+/// When the shapes do not fit.
+pub fn forward_unrounded(x: &Tensor, w: &Weight) -> Tensor {
+    grouped_linear::multiply(x, &one_group(x), w)
+}
+
 /// As [`forward`], recorded.
 ///
 /// # Panics

@@ -7,11 +7,13 @@
 
 use std::collections::BTreeMap;
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// Smaller buffers are the allocator's business.
 const ELEMENTS_MIN: usize = 1 << 13;
-/// The pool is emptied when it would hold more elements than this (512 MiB), so that sizes of a finished phase do not stay.
-const ELEMENTS_MAX: usize = 1 << 27;
+/// The pool is emptied when it would hold more elements than this (512 MiB unless [`keep_buffers`] said otherwise), so that
+/// sizes of a finished phase do not stay.
+static ELEMENTS_MAX: AtomicUsize = AtomicUsize::new(1 << 27);
 
 struct Pool {
     by_capacity: BTreeMap<usize, Vec<Vec<f32>>>,
@@ -46,11 +48,12 @@ pub(crate) fn buffer(len: usize) -> Vec<f32> {
 /// Offers a buffer for reuse.
 pub(crate) fn give_back(buffer: Vec<f32>) {
     let capacity = buffer.capacity();
-    if !(ELEMENTS_MIN..=ELEMENTS_MAX / 4).contains(&capacity) {
+    let elements_max = ELEMENTS_MAX.load(Ordering::Relaxed);
+    if !(ELEMENTS_MIN..=elements_max / 4).contains(&capacity) {
         return;
     }
     if let Ok(mut pool) = POOL.lock() {
-        if pool.elements + capacity > ELEMENTS_MAX {
+        if pool.elements + capacity > elements_max {
             let old = std::mem::take(&mut pool.by_capacity);
             pool.elements = 0;
             drop(pool);
@@ -62,16 +65,31 @@ pub(crate) fn give_back(buffer: Vec<f32>) {
     }
 }
 
+/// Sets how many bytes of dropped buffers are kept for reuse. A server, whose batches have many sizes, keeps few.
+pub fn keep_buffers(bytes_max: usize) {
+    ELEMENTS_MAX.store(bytes_max / size_of::<f32>(), Ordering::Relaxed);
+}
+
 /// Makes glibc keep freed memory for reuse instead of returning it to the kernel. Does nothing on other C libraries.
 pub fn keep_freed_memory() {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
     glibc::set();
 }
 
+/// Empties the pool and hands freed memory back to the kernel: after a model was loaded, before it is served. Elsewhere
+/// than on glibc it only empties the pool.
+pub fn return_freed_memory() {
+    if let Ok(mut pool) = POOL.lock() {
+        *pool = Pool { by_capacity: BTreeMap::new(), elements: 0 };
+    }
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    glibc::trim();
+}
+
 #[cfg(all(target_os = "linux", target_env = "gnu"))]
 #[allow(unsafe_code)]
 mod glibc {
-    //! `mallopt` and its parameters, from `malloc.h`.
+    //! `mallopt` with its parameters, and `malloc_trim`, from `malloc.h`.
 
     use std::ffi::c_int;
 
@@ -85,6 +103,12 @@ mod glibc {
 
     unsafe extern "C" {
         fn mallopt(parameter: c_int, value: c_int) -> c_int;
+        fn malloc_trim(pad: usize) -> c_int;
+    }
+
+    pub(super) fn trim() {
+        // SAFETY: `malloc_trim` takes an integer and may be called at any time.
+        unsafe { malloc_trim(0) };
     }
 
     pub(super) fn set() {

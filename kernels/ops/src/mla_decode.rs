@@ -10,12 +10,13 @@
 
 use half::bf16;
 
-use crate::gemm::{Mat, gemm_serial};
+use crate::gemm::{Mat, Product, run_serial};
 use crate::isa::{Isa, simd_fn};
 
 use crate::bfloat::widen;
 use crate::memory::buffer;
 use crate::vector::{LANES, exp, exp_in_place, fold, for_row_chunks, max};
+use crate::weight::Operand;
 use crate::{Tensor, Weight};
 
 /// Query rows a thread multiplies at a time.
@@ -50,30 +51,30 @@ pub struct CacheRows<'a> {
     pub len: usize,
 }
 
-/// kv_b prepared for absorbed attention.
+/// kv_b for absorbed attention, in its own encoding: products decode it as they read it.
 #[derive(Clone, Debug)]
 pub struct Absorbed {
-    /// F32, `[heads · (dn + dv), rank]`.
-    kv_b: Tensor,
+    /// `[heads · (dn + dv), rank]`, in the row layout.
+    kv_b: Weight,
     heads: usize,
     dn: usize,
     dv: usize,
 }
 
 impl Absorbed {
-    /// Dequantises `kv_b` once.
+    /// Shares `kv_b`; copies it when it is prepacked.
     ///
     /// # Panics
     /// When its rows are not `heads · (dn + dv)`.
     pub fn new(kv_b: &Weight, heads: usize, dn: usize, dv: usize) -> Self {
-        let kv_b = kv_b.dequantize();
-        assert_eq!(kv_b.rows(), heads * (dn + dv), "kv_b {:?} for {heads} heads of {dn} + {dv}", kv_b.shape());
+        let kv_b = kv_b.in_rows();
+        assert_eq!(kv_b.outputs(), heads * (dn + dv), "kv_b {:?} for {heads} heads of {dn} + {dv}", kv_b.shape());
         Self { kv_b, heads, dn, dv }
     }
 
     /// Width of a latent.
     pub fn rank(&self) -> usize {
-        self.kv_b.cols()
+        self.kv_b.inputs()
     }
 
     /// Absorbs W_UK into queries: `[rows, heads, dn + dr]` to `[rows, heads, rank + dr]`; the rotary part is copied.
@@ -85,15 +86,17 @@ impl Absorbed {
         let (rows, width) = (q.shape()[0], q.cols());
         assert!(q.shape()[1] == heads && width >= dn, "queries {:?} for {heads} heads of {dn}", q.shape());
         let out_width = rank + width - dn;
-        let (data, kv_b) = (q.as_f32(), self.kv_b.as_f32());
+        let data = q.as_f32();
         let mut out = buffer(rows * heads * out_width);
         for_row_chunks(&mut out, heads * out_width, CHUNK_ROWS, heads * dn * rank, |first, chunk| {
             let data = &data[first * heads * width..];
             let count = chunk.len() / (heads * out_width);
             for head in 0..heads {
                 let a = Mat::rows(&data[head * width..], heads * width);
-                let b = Mat::rows(&kv_b[head * (dn + self.dv) * rank..], rank);
-                gemm_serial(count, rank, dn, a, b, &mut chunk[head * out_width..], heads * out_width, false);
+                let keys = head * (dn + self.dv);
+                let b = &Operand::run(&self.kv_b, keys..keys + dn, false);
+                let (c, c_stride) = (&mut chunk[head * out_width..], heads * out_width);
+                run_serial(Product { m: count, n: rank, k: dn, a, b, c, c_stride, accumulate: false });
             }
             for (to, from) in chunk.chunks_exact_mut(out_width).zip(data.chunks_exact(width)) {
                 to[rank..].copy_from_slice(&from[dn..]);
@@ -110,14 +113,16 @@ impl Absorbed {
         let (rank, dn, dv, heads) = (self.rank(), self.dn, self.dv, self.heads);
         let rows = o.shape()[0];
         assert_eq!(o.shape()[1..], [heads, rank], "latent results of another shape");
-        let (data, kv_b) = (o.as_f32(), self.kv_b.as_f32());
+        let data = o.as_f32();
         let mut out = buffer(rows * heads * dv);
         for_row_chunks(&mut out, heads * dv, CHUNK_ROWS, heads * dv * rank, |first, chunk| {
             let count = chunk.len() / (heads * dv);
             for head in 0..heads {
                 let a = Mat::rows(&data[(first * heads + head) * rank..], heads * rank);
-                let b = Mat::transposed(&kv_b[(head * (dn + dv) + dn) * rank..], rank);
-                gemm_serial(count, dv, rank, a, b, &mut chunk[head * dv..], heads * dv, false);
+                let values = head * (dn + dv) + dn;
+                let b = &Operand::run(&self.kv_b, values..values + dv, true);
+                let (c, c_stride) = (&mut chunk[head * dv..], heads * dv);
+                run_serial(Product { m: count, n: dv, k: rank, a, b, c, c_stride, accumulate: false });
             }
         });
         Tensor::f32(&[rows, heads * dv], out)

@@ -6,15 +6,15 @@
 //!
 //! Invariant: products, [`Weight::dequantize`] and [`Weight::fp8_parts`] give the same bits in either layout.
 
-use std::ops::Range;
+mod layout;
+mod operand;
 
-use rayon::prelude::*;
+pub(crate) use operand::Operand;
 
 use crate::activation::Rounding;
 use crate::fp8::{self, Encoding, Exceptions, Fp8, Fp8Format, Fp8Scales, TILE, Tile};
-use crate::gemm::{PANEL, Right, transpose_panel};
 use crate::isa::Isa;
-use crate::{DType, Tensor, bfloat, scratch};
+use crate::{DType, Tensor, bfloat};
 
 /// How a weight is stored and its products taken.
 #[derive(
@@ -79,7 +79,11 @@ impl Weight {
     /// # Panics
     /// When the shapes do not fit each other.
     pub fn from_fp8(codes: Tensor, scales: Tensor) -> Self {
-        let shape = codes.shape();
+        let shape = codes.shape().to_vec();
+        Self::from_fp8_parts(&shape, Layout::Rows, codes, scales)
+    }
+
+    fn from_fp8_parts(shape: &[usize], layout: Layout, codes: Tensor, scales: Tensor) -> Self {
         assert!(codes.dtype() == DType::U8 && shape.len() >= 2, "FP8 codes must be a U8 matrix, not {shape:?}");
         let mut expected = shape.to_vec();
         for size in expected.iter_mut().rev().take(2) {
@@ -87,7 +91,7 @@ impl Weight {
         }
         assert_eq!(scales.shape(), expected, "scales of FP8 codes of shape {shape:?}");
         let precision = Precision::Fp8 { format: Fp8Format::E4m3, scales: Fp8Scales::F32 };
-        Self { precision, scales: Some(scales), ..Self::rows(codes) }
+        Self { shape: shape.to_vec(), layout, precision, scales: Some(scales), ..Self::rows(codes) }
     }
 
     /// A weight whose elements are F32 or BF16 already.
@@ -207,38 +211,6 @@ impl Weight {
         Tensor::f32(&[indices.len(), cols], out)
     }
 
-    /// The same weight in the panel layout, for inference.
-    ///
-    /// # Panics
-    /// When the weight is a vector.
-    pub fn prepack(&self) -> Self {
-        if self.layout == Layout::Panels {
-            return self.clone();
-        }
-        assert!(self.shape.len() >= 2, "only matrices are prepacked");
-        let (count, n, k) = (self.count(), self.outputs(), self.inputs());
-        let len = count * n.next_multiple_of(PANEL) * k;
-        let elements = match self.elements.dtype() {
-            DType::F32 => Tensor::f32(&[len], to_panels(self.elements.as_f32(), n, k, len)),
-            DType::Bf16 => Tensor::bf16(&[len], to_panels(self.elements.as_bf16(), n, k, len)),
-            _ => Tensor::u8(&[len], to_panels(self.elements.as_u8(), n, k, len)),
-        };
-        Self { layout: Layout::Panels, elements, ..self.clone() }
-    }
-
-    /// The elements in row layout.
-    fn rows_elements(&self) -> Tensor {
-        if self.layout == Layout::Rows {
-            return self.elements.clone();
-        }
-        let (n, k) = (self.outputs(), self.inputs());
-        match self.elements.dtype() {
-            DType::F32 => Tensor::f32(&self.shape, from_panels(self.elements.as_f32(), n, k)),
-            DType::Bf16 => Tensor::bf16(&self.shape, from_panels(self.elements.as_bf16(), n, k)),
-            _ => Tensor::u8(&self.shape, from_panels(self.elements.as_u8(), n, k)),
-        }
-    }
-
     /// Decodes `out.len()` elements from flat index `at`, all under the scale of element (`row`, `col`) of matrix `matrix`.
     fn decode(&self, isa: Isa, matrix: usize, row: usize, col: usize, at: usize, out: &mut [f32]) {
         match self.elements.dtype() {
@@ -250,121 +222,6 @@ impl Weight {
                 let scales = self.scales.as_ref().map_or(&[][..], Tensor::as_f32);
                 let scale = scales[(matrix * down + row / TILE) * across + col / TILE];
                 fp8::decode_run(isa, &self.elements.as_u8()[at..at + out.len()], self.encoding(), scale, out);
-            }
-        }
-    }
-}
-
-fn to_panels<T: Copy + Default + Send + Sync>(rows: &[T], n: usize, k: usize, len: usize) -> Vec<T> {
-    let mut out = vec![T::default(); len];
-    if len == 0 {
-        return out;
-    }
-    let panels = n.div_ceil(PANEL);
-    out.par_chunks_mut(PANEL * k).enumerate().for_each(|(at, panel)| {
-        let (matrix, first) = (at / panels, at % panels * PANEL);
-        for j in 0..PANEL.min(n - first) {
-            let row = (matrix * n + first + j) * k;
-            for (p, x) in rows[row..row + k].iter().enumerate() {
-                panel[p * PANEL + j] = *x;
-            }
-        }
-    });
-    out
-}
-
-fn from_panels<T: Copy>(panels: &[T], n: usize, k: usize) -> Vec<T> {
-    let mut out = Vec::with_capacity(panels.len());
-    for matrix in panels.chunks(n.next_multiple_of(PANEL) * k) {
-        for j in 0..n {
-            let panel = &matrix[j / PANEL * PANEL * k..];
-            out.extend((0..k).map(|p| panel[p * PANEL + j % PANEL]));
-        }
-    }
-    out
-}
-
-/// One matrix of a weight as the right operand of a product.
-#[derive(Clone, Copy)]
-pub(crate) struct Operand<'a> {
-    weight: &'a Weight,
-    matrix: usize,
-    /// k runs over inputs (y = x·wᵀ) or, in the input gradient, over outputs (dx = dy·w).
-    transposed: bool,
-}
-
-impl<'a> Operand<'a> {
-    /// Matrix `matrix` transposed: k runs over its inputs.
-    pub(crate) fn forward(weight: &'a Weight, matrix: usize) -> Self {
-        Self { weight, matrix, transposed: true }
-    }
-
-    /// Matrix `matrix` as it is: k runs over its outputs.
-    pub(crate) fn backward(weight: &'a Weight, matrix: usize) -> Self {
-        Self { weight, matrix, transposed: false }
-    }
-
-    /// Panel layout against its grain: k over outputs.
-    fn pack_across(&self, isa: Isa, ks: Range<usize>, cols: Range<usize>, out: &mut [f32]) {
-        let k = self.weight.inputs();
-        let stack = self.weight.outputs().next_multiple_of(PANEL) * k;
-        for (row, out) in ks.zip(out.chunks_exact_mut(PANEL)) {
-            out.fill(0.0);
-            for (col, out) in cols.clone().zip(out) {
-                let at = self.matrix * stack + row / PANEL * PANEL * k + col * PANEL + row % PANEL;
-                self.weight.decode(isa, self.matrix, row, col, at, std::slice::from_mut(out));
-            }
-        }
-    }
-}
-
-impl Right for Operand<'_> {
-    fn holds(&self, k: usize, n: usize) -> bool {
-        let (outputs, inputs) = (self.weight.outputs(), self.weight.inputs());
-        self.matrix < self.weight.count()
-            && (k, n) == if self.transposed { (inputs, outputs) } else { (outputs, inputs) }
-    }
-
-    fn in_place(&self, ks: Range<usize>, cols: Range<usize>, _once: bool) -> Option<(&[f32], usize)> {
-        let weight = self.weight;
-        if weight.precision != Precision::F32 || weight.layout != Layout::Panels || !self.transposed {
-            return None;
-        }
-        let k = weight.inputs();
-        let start = (self.matrix * weight.outputs().next_multiple_of(PANEL) + cols.start) * k;
-        Some((&weight.elements.as_f32()[start + ks.start * PANEL..start + ks.end * PANEL], PANEL))
-    }
-
-    fn pack(&self, isa: Isa, ks: Range<usize>, cols: Range<usize>, out: &mut [f32]) {
-        let (weight, matrix) = (self.weight, self.matrix);
-        let (n, k) = (weight.outputs(), weight.inputs());
-        match (weight.layout, self.transposed) {
-            (Layout::Panels, true) => {
-                let start = (matrix * n.next_multiple_of(PANEL) + cols.start) * k + ks.start * PANEL;
-                weight.decode(isa, matrix, cols.start, ks.start, start, out);
-            }
-            (Layout::Panels, false) => self.pack_across(isa, ks, cols, out),
-            (Layout::Rows, true) => {
-                let len = ks.len();
-                let start = (matrix * n + cols.start) * k + ks.start;
-                if weight.elements.dtype() == DType::F32 {
-                    let source = &weight.elements.as_f32()[start..];
-                    return transpose_panel(isa, source, k, cols.len(), len, out);
-                }
-                scratch::with_f32(cols.len() * len, |rows| {
-                    for (j, row) in rows.chunks_exact_mut(len).enumerate() {
-                        weight.decode(isa, matrix, cols.start + j, ks.start, start + j * k, row);
-                    }
-                    transpose_panel(isa, rows, len, cols.len(), len, out);
-                });
-            }
-            (Layout::Rows, false) => {
-                for (row, out) in ks.zip(out.chunks_exact_mut(PANEL)) {
-                    let at = (matrix * n + row) * k + cols.start;
-                    let (here, rest) = out.split_at_mut(cols.len());
-                    weight.decode(isa, matrix, row, cols.start, at, here);
-                    rest.fill(0.0);
-                }
             }
         }
     }

@@ -23,6 +23,8 @@ pub(crate) async fn show(State(state): State<AppState>) -> Response {
         ("drafts_accepted_total", "counter", "Drafted tokens the model agreed with", counters.drafts_accepted),
         ("sequences_running", "gauge", "Sequences running now", counters.running),
         ("sequences_waiting", "gauge", "Sequences waiting now", counters.waiting),
+        ("cache_tokens", "gauge", "Tokens the latent cache holds", state.engine.cache_tokens() as u64),
+        ("cache_bytes", "gauge", "Bytes of the latent cache", state.engine.cache_bytes() as u64),
     ];
     let mut text = String::new();
     for (name, kind, help, value) in rows {

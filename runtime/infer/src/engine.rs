@@ -36,6 +36,8 @@ pub struct Engine {
     counters: Arc<Mutex<Counters>>,
     next: AtomicU64,
     check: Check,
+    cache_tokens: usize,
+    cache_bytes: usize,
 }
 
 impl Engine {
@@ -48,6 +50,8 @@ impl Engine {
         let counters = Arc::new(Mutex::new(Counters::default()));
         let stop = Arc::new(AtomicBool::new(false));
         let pages = options.cache_tokens.div_ceil(decoder.page_tokens()).max(1);
+        let cache_tokens = pages * decoder.page_tokens();
+        let cache_bytes = cache_tokens * decoder.token_bytes();
         let checked = Arc::clone(&decoder);
         let check = Box::new(move |request: &Request| scheduler::validate(request, checked.as_ref(), pages));
         let shared = (Arc::clone(&counters), Arc::clone(&stop));
@@ -56,7 +60,18 @@ impl Engine {
             .spawn(move || serve(decoder.as_ref(), options, &receiver, &shared.0, &shared.1))
             .map_err(Error::Thread)?;
         let thread = Mutex::new(Some(thread));
-        Ok(Self { commands, thread, stop, counters, next: AtomicU64::new(0), check })
+        let next = AtomicU64::new(0);
+        Ok(Self { commands, thread, stop, counters, next, check, cache_tokens, cache_bytes })
+    }
+
+    /// Tokens the cache holds over all sequences, in whole pages.
+    pub fn cache_tokens(&self) -> usize {
+        self.cache_tokens
+    }
+
+    /// Bytes of the cache when every page has been used; pages take memory when they are first written.
+    pub fn cache_bytes(&self) -> usize {
+        self.cache_bytes
     }
 
     /// Hands a request over and returns its number, for [`Self::cancel`].

@@ -1,11 +1,8 @@
-//! [`dsv3_model::Model`] as a [`Decoder`].
-//!
-//! Latents are kept in F32 whatever the weights' precision: on the CPU that is as fast as BF16, and rollouts stay as near
-//! to the training path as the weights allow.
+//! [`dsv3_model::Model`] as a [`Decoder`]; its cache holds latents of [`Model::latents`].
 
 use std::collections::BTreeMap;
 
-use dsv3_model::{Batch, LatentCache, LatentType, Model, MtpStep, PAGE_TOKENS, SeqId, SeqStep, TrainOptions};
+use dsv3_model::{Batch, LatentCache, Model, MtpStep, PAGE_TOKENS, SeqId, SeqStep, TrainOptions};
 use dsv3_ops::{Spans, Tape, Tensor};
 
 use crate::{Decoder, Error, Step};
@@ -51,11 +48,11 @@ impl Decoder for Model {
     }
 
     fn token_bytes(&self) -> usize {
-        LatentCache::token_bytes(self, LatentType::F32)
+        LatentCache::token_bytes(self, self.latents())
     }
 
     fn cache(&self, pages: usize) -> ModelCache {
-        ModelCache { latents: LatentCache::new(self, pages, LatentType::F32), names: BTreeMap::new(), next: 0 }
+        ModelCache { latents: LatentCache::new(self, pages, self.latents()), names: BTreeMap::new(), next: 0 }
     }
 
     fn add(&self, cache: &mut ModelCache) -> usize {

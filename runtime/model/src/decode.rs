@@ -17,7 +17,7 @@ use dsv3_ops::{Param, Tape, Tensor, Var, Weight, columns, elementwise, linear, r
 
 use crate::block::Block;
 use crate::kv_cache::{LatentCache, SeqId};
-use crate::weight_names::Role;
+use crate::weight_names::{KV_B, ParamInfo, Role};
 use crate::{Error, Model};
 
 /// New tokens of one sequence; they follow what the cache holds.
@@ -40,15 +40,27 @@ pub struct MtpStep<'a> {
     pub ids: &'a [u32],
 }
 
-/// Weights in the layout that decoding reads; made from the encodings on first use.
+/// Weights in the layout that decoding reads; made from the encodings on first use. A frozen model's are shared.
 #[derive(Debug)]
 pub(crate) struct Prepared {
-    /// Linear layers in panels, so that a product of few rows reads every byte once; the others as they are.
     params: Vec<Param>,
     /// Key and value expansion of every layer, prediction modules last.
     absorbed: Vec<Absorbed>,
-    /// The head in F32: logits are not rounded whatever the precision, as in training.
-    head: Weight,
+}
+
+/// Whether products of decoding read the parameter in panels, so that a product of few rows reads every byte once. Absorbed
+/// attention reads the heads of `kv_b` one by one and an embedding is looked up, so these stay in rows.
+pub(crate) fn is_prepacked(info: &ParamInfo) -> bool {
+    match info.role {
+        Role::Linear => !info.name.ends_with(KV_B),
+        Role::Projection | Role::Head => true,
+        Role::Embedding | Role::Norm | Role::Router => false,
+    }
+}
+
+/// A parameter's encoding as decoding reads it.
+pub(crate) fn laid_out(info: &ParamInfo, weight: &Weight) -> Weight {
+    if is_prepacked(info) { weight.prepack() } else { weight.clone() }
 }
 
 /// New rows of one call.
@@ -68,29 +80,34 @@ impl Rows {
 impl Prepared {
     fn new(model: &Model) -> Self {
         let (config, graph) = (&model.config, model.graph());
-        let packed = |(param, info): (&Param, &crate::weight_names::ParamInfo)| match info.role {
-            Role::Linear | Role::Projection => Param { id: param.id, master: None, compute: param.compute.prepack() },
-            Role::Embedding | Role::Head | Role::Norm | Role::Router => Param { master: None, ..param.clone() },
+        let packed = |(param, info): (&Param, &ParamInfo)| Param {
+            id: param.id,
+            master: None,
+            compute: laid_out(info, &param.compute),
         };
         let (heads, nope, value) = (config.num_attention_heads, config.qk_nope_head_dim, config.v_head_dim);
         let blocks = graph.blocks.iter().chain(graph.mtp.iter().map(|module| &module.block));
         let absorbed = blocks
             .map(|block| Absorbed::new(&model.params[block.attention.kv_b as usize].compute, heads, nope, value))
             .collect();
-        let head = model.params[graph.head as usize].compute.dequantize();
-        let params = model.params.iter().zip(model.infos()).map(packed).collect();
-        Self { params, absorbed, head: Weight::from_plain(head).prepack() }
+        Self { params: model.params.iter().zip(model.infos()).map(packed).collect(), absorbed }
     }
 }
 
 impl Model {
+    /// Makes what decoding reads now and not at the first request.
+    pub fn prepare(&self) {
+        self.prepared();
+    }
+
     fn prepared(&self) -> &Prepared {
         self.prepared.get_or_init(|| Arc::new(Prepared::new(self)))
     }
 
-    /// Logits `[rows, vocab]` of hidden states `[rows, d]` that went through `model.norm` (or `shared_head.norm`), F32.
+    /// Logits `[rows, vocab]` of hidden states `[rows, d]` that went through `model.norm` (or `shared_head.norm`), F32:
+    /// hidden states are not rounded whatever the head's encoding, as in training.
     pub fn logits(&self, hidden: &Tensor) -> Tensor {
-        linear::forward(hidden, &self.prepared().head)
+        linear::forward_unrounded(hidden, &self.prepared().params[self.graph().head as usize].compute)
     }
 
     /// Runs the new tokens of every step and adds them to the cache. Returns the hidden states after `model.norm`,

@@ -3,12 +3,17 @@
 //!
 //! Names and shapes are checked against the configuration before anything is allocated, so a hostile folder costs no
 //! more memory than its files are long. Prediction modules whose tensors are absent are left out, with a warning.
+//!
+//! **Invariant**: a model that is loaded to be served as it is stored takes the memory of its files and of one matrix:
+//! weights go from the file to the panels that products read, one expert at a time.
 
 use std::path::Path;
 
 use dsv3_ops::{Fp8, Fp8Format, Fp8Scales, Param, Precision, Tensor, Weight, fp8::Encoding, fp8::Tile};
+use half::bf16;
 use rayon::prelude::*;
 
+use crate::decode;
 use crate::model::encoded;
 use crate::stored::{Entry, Folder, Stored};
 use crate::weight_names::{ParamInfo, Role, Table};
@@ -72,7 +77,11 @@ pub fn load(path: &Path, precision: LoadPrecision, trainable: bool) -> Result<Lo
         LoadPrecision::As(precision) => Some(precision),
     };
     let goal = Goal { target: target.or(trainable.then_some(own)), own, trainable };
-    let params = table.params.par_iter().map(|info| goal.read(&folder, info)).collect::<Result<Vec<_>, _>>()?;
+    // What is served is read in order, so that only one parameter at a time exists in two forms.
+    let params = match trainable {
+        true => table.params.par_iter().map(|info| goal.read(&folder, info)).collect::<Result<Vec<_>, _>>()?,
+        false => table.params.iter().map(|info| goal.read(&folder, info)).collect::<Result<Vec<_>, _>>()?,
+    };
     let experts = config.model.n_routed_experts;
     let biases = table
         .biases
@@ -81,14 +90,11 @@ pub fn load(path: &Path, precision: LoadPrecision, trainable: bool) -> Result<Lo
             let entry = folder.expect(&bias.name, &[experts])?;
             plain(&bias.name, entry)?;
             let mut values = Vec::with_capacity(experts);
-            folder.append_f32(entry, &mut values);
+            folder.append_f32(entry, &mut values)?;
             Ok(values)
         })
         .collect::<Result<Vec<_>, Error>>()?;
-    let mut model = Model::assemble(config.model.clone(), table, params, biases, target.unwrap_or(own));
-    if !trainable {
-        model.freeze();
-    }
+    let model = Model::assemble(config.model.clone(), table, params, biases, target.unwrap_or(own));
     Ok(Loaded { model, config, warnings })
 }
 
@@ -178,7 +184,7 @@ fn scales_are_powers_of_two(folder: &Folder, table: &Table) -> Result<bool, Erro
     for info in table.params.iter().filter(|info| info.role == Role::Linear) {
         let mut scales = Vec::new();
         for name in info.tensor_names() {
-            folder.append_f32(folder.expect(&scale_name(&name), &scale_shape(info.tensor_shape()))?, &mut scales);
+            folder.append_f32(folder.expect(&scale_name(&name), &scale_shape(info.tensor_shape()))?, &mut scales)?;
         }
         if scales.iter().any(|scale| !scale.is_normal() || *scale < 0.0 || scale.to_bits() & 0x7f_ffff != 0) {
             return Ok(false);
@@ -206,43 +212,67 @@ impl Goal {
             .map(|name| folder.expect(&name, info.tensor_shape()).map(|entry| (name, entry)))
             .collect::<Result<_, _>>()?;
         let stored = entries.first().map_or(Stored::F32, |(_, entry)| entry.stored);
-        let param = |compute, master| Ok(Param { id: info.id, master, compute });
+        let served = |compute| Ok(Param { id: info.id, master: None, compute });
         if stored == Stored::E4m3 {
-            let (codes, scales) = read_fp8(folder, info, &entries)?;
+            let scales = read_scales(folder, info, &entries)?;
             let precision = self.target.unwrap_or(self.own);
             if !self.trainable && precision == (Precision::Fp8 { format: Fp8Format::E4m3, scales: Fp8Scales::F32 }) {
-                return param(Weight::from_fp8(codes, scales), None);
+                let read = |i: usize, codes: &mut [u8]| folder.read(entries[i].1, 0, codes);
+                return served(if decode::is_prepacked(info) {
+                    Weight::packed_fp8(&info.shape, scales, read)?
+                } else {
+                    Weight::from_fp8(read_codes(folder, info, &entries)?, scales)
+                });
             }
-            let encoding = Encoding::E4m3;
+            let (codes, encoding) = (read_codes(folder, info, &entries)?, Encoding::E4m3);
             let master = Fp8 { codes, scales, tile: Tile::Block128, encoding, offsets: [].into() }.dequantize();
             return Ok(self.encode(info, master, precision));
         }
         let is_f32 = matches!(info.role, Role::Norm | Role::Router);
         if stored == Stored::Bf16 && self.target.is_none() && !is_f32 {
-            let mut values = Vec::with_capacity(info.numel());
-            entries.iter().for_each(|(_, entry)| folder.append_bf16(entry, &mut values));
-            return param(Weight::from_plain(Tensor::bf16(&info.shape, values)), None);
+            if decode::is_prepacked(info) {
+                return served(Weight::packed_bf16(&info.shape, |i, out| folder.read_bf16(entries[i].1, out))?);
+            }
+            let mut values = vec![bf16::ZERO; info.numel()];
+            let each = values.len() / entries.len().max(1);
+            for ((_, entry), values) in entries.iter().zip(values.chunks_mut(each.max(1))) {
+                folder.read_bf16(entry, values)?;
+            }
+            return served(Weight::from_plain(Tensor::bf16(&info.shape, values)));
         }
         let mut values = Vec::with_capacity(info.numel());
-        entries.iter().for_each(|(_, entry)| folder.append_f32(entry, &mut values));
+        entries.iter().try_for_each(|(_, entry)| folder.append_f32(entry, &mut values))?;
         let precision = self.target.unwrap_or(Precision::F32);
         Ok(self.encode(info, Tensor::f32(&info.shape, values), precision))
     }
 
     fn encode(&self, info: &ParamInfo, master: Tensor, precision: Precision) -> Param {
         let compute = encoded(info.role, &master, precision);
-        Param { id: info.id, compute, master: self.trainable.then_some(master) }
+        if self.trainable {
+            return Param { id: info.id, compute, master: Some(master) };
+        }
+        drop(master);
+        Param { id: info.id, master: None, compute: decode::laid_out(info, &compute) }
     }
 }
 
-fn read_fp8(folder: &Folder, info: &ParamInfo, entries: &[(String, &Entry)]) -> Result<(Tensor, Tensor), Error> {
-    let mut codes = Vec::with_capacity(info.numel());
+/// Codes of all tensors of a parameter.
+fn read_codes(folder: &Folder, info: &ParamInfo, entries: &[(String, &Entry)]) -> Result<Tensor, Error> {
+    let mut codes = vec![0; info.numel()];
+    let each = codes.len() / entries.len().max(1);
+    for ((_, entry), codes) in entries.iter().zip(codes.chunks_mut(each.max(1))) {
+        folder.read(entry, 0, codes)?;
+    }
+    Ok(Tensor::u8(&info.shape, codes))
+}
+
+/// Their scales, which must be finite and not negative.
+fn read_scales(folder: &Folder, info: &ParamInfo, entries: &[(String, &Entry)]) -> Result<Tensor, Error> {
     let mut scales = Vec::new();
     let wanted = scale_shape(info.tensor_shape());
-    for (name, entry) in entries {
-        codes.extend_from_slice(folder.bytes(entry));
+    for (name, _) in entries {
         let (scale_name, first) = (scale_name(name), scales.len());
-        folder.append_f32(folder.expect(&scale_name, &wanted)?, &mut scales);
+        folder.append_f32(folder.expect(&scale_name, &wanted)?, &mut scales)?;
         if let Some(block) = scales[first..].iter().position(|scale| !scale.is_finite() || *scale < 0.0) {
             let what = format!("{scale_name}: block {block} has the scale {}", scales[first + block]);
             return Err(Error::File { path: folder.path.clone(), what });
@@ -252,7 +282,7 @@ fn read_fp8(folder: &Folder, info: &ParamInfo, entries: &[(String, &Entry)]) -> 
     if info.is_stacked() {
         shape.insert(0, info.shape[0]);
     }
-    Ok((Tensor::u8(&info.shape, codes), Tensor::f32(&shape, scales)))
+    Ok(Tensor::f32(&shape, scales))
 }
 
 /// Name of the scales of the FP8 tensor `name`.

@@ -1,24 +1,27 @@
-//! A folder of safetensors files as named tensors: memory-mapped, every length checked before a byte is read.
+//! A folder of safetensors files as named tensors, read one range at a time; every length is checked before a weight is read.
 //!
 //! File layout: u64 header length n, n bytes of JSON `{name: {dtype, shape, data_offsets: [begin, end]}}`, then the data.
 //! Several files are joined by `model.safetensors.index.json` with `weight_map: {name: file}`.
 //!
 //! **Invariant**: after [`Folder::open`] every entry lies inside its file, shares no byte with another, and has as many
-//! bytes as its shape and type say, so reading cannot fail or panic whatever the file holds. (A file that somebody
-//! shortens while it is mapped is beyond this: the operating system then stops the process.)
+//! bytes as its shape and type say, so whatever the file holds, reading it cannot panic, and can fail only when the disk
+//! does or somebody shortens the file meanwhile. Nothing of the files stays in memory: what a caller asks for is copied
+//! to where it is wanted.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use half::{bf16, f16};
-use memmap2::Mmap;
 use serde::Deserialize;
 
 use crate::Error;
 
 /// Longest header a file may claim.
 const HEADER_BYTES_MAX: u64 = 256 << 20;
+/// Bytes read at a time when they are converted; a multiple of every element's size.
+const READ_BYTES: usize = 1 << 20;
 /// Name of a folder's only weights file.
 pub(crate) const SINGLE: &str = "model.safetensors";
 /// Name of the list of a folder's several weights files.
@@ -66,14 +69,14 @@ pub(crate) struct Entry {
     pub(crate) type_name: String,
     pub(crate) shape: Vec<usize>,
     file: usize,
-    begin: usize,
-    end: usize,
+    begin: u64,
+    bytes: usize,
 }
 
 /// All tensors of a folder.
 pub(crate) struct Folder {
     pub(crate) path: PathBuf,
-    maps: Vec<Mmap>,
+    files: Vec<(PathBuf, File)>,
     entries: BTreeMap<String, Entry>,
 }
 
@@ -83,9 +86,9 @@ struct Index {
 }
 
 impl Folder {
-    /// Maps the weights files of `path` and checks their headers.
+    /// Opens the weights files of `path` and checks their headers.
     pub(crate) fn open(path: &Path) -> Result<Self, Error> {
-        let mut folder = Self { path: path.to_owned(), maps: Vec::new(), entries: BTreeMap::new() };
+        let mut folder = Self { path: path.to_owned(), files: Vec::new(), entries: BTreeMap::new() };
         let index_path = path.join(INDEX);
         if !index_path.is_file() {
             folder.add(&path.join(SINGLE), |_| true)?;
@@ -109,12 +112,16 @@ impl Folder {
     }
 
     fn add(&mut self, path: &Path, wanted: impl Fn(&str) -> bool) -> Result<(), Error> {
-        let map = map(path)?;
+        let unreadable = |source| Error::Read { path: path.to_owned(), source };
         let damaged = |what: String| Error::File { path: path.to_owned(), what };
-        let (header, data_start) = header(&map).map_err(damaged)?;
-        let file = self.maps.len();
+        let file = File::open(path).map_err(unreadable)?;
+        let file_bytes = file.metadata().map_err(unreadable)?.len();
+        let text = header(&file, file_bytes).map_err(unreadable)?.map_err(damaged)?;
+        let fields: serde_json::Map<String, serde_json::Value> =
+            serde_json::from_slice(&text).map_err(|error| damaged(format!("no safetensors header: {error}")))?;
+        let data_start = 8 + text.len() as u64;
         let mut places = Vec::new();
-        for (name, value) in header {
+        for (name, value) in fields {
             if name == "__metadata__" || !wanted(&name) {
                 continue;
             }
@@ -124,23 +131,24 @@ impl Folder {
             let (stored, size) = Stored::parse(&fields.dtype);
             let size = size.ok_or_else(|| damaged(format!("{name:?} has the unknown type {:?}", fields.dtype)))?;
             let bytes = fields.shape.iter().try_fold(size, |product, n| product.checked_mul(*n));
-            let inside = from <= to && to <= map.len() - data_start && bytes == Some(to - from);
+            let inside = from <= to && to as u64 <= file_bytes - data_start && bytes == Some(to - from);
             if !inside {
                 let what = format!("{name:?} of shape {:?} does not lie inside the file", fields.shape);
                 return Err(damaged(what));
             }
-            let (begin, end) = (data_start + from, data_start + to);
+            let (begin, bytes) = (data_start + from as u64, to - from);
             let type_name = fields.dtype;
-            if from < to {
-                places.push((begin, end, name.clone()));
+            if bytes > 0 {
+                places.push((begin, begin + bytes as u64, name.clone()));
             }
-            self.entries.insert(name, Entry { stored, type_name, shape: fields.shape, file, begin, end });
+            let file = self.files.len();
+            self.entries.insert(name, Entry { stored, type_name, shape: fields.shape, file, begin, bytes });
         }
         places.sort_unstable();
         if let Some(pair) = places.windows(2).find(|pair| pair[1].0 < pair[0].1) {
             return Err(damaged(format!("{:?} and {:?} share bytes", pair[0].2, pair[1].2)));
         }
-        self.maps.push(map);
+        self.files.push((path.to_owned(), file));
         Ok(())
     }
 
@@ -165,46 +173,65 @@ impl Folder {
         self.entries.range(prefix.to_owned()..).next().is_some_and(|(name, _)| name.starts_with(prefix))
     }
 
-    /// The bytes of a tensor.
-    pub(crate) fn bytes(&self, entry: &Entry) -> &[u8] {
-        &self.maps[entry.file][entry.begin..entry.end]
+    /// Reads bytes of a tensor, from its byte `from` on, until `out` is full.
+    ///
+    /// # Errors
+    /// [`Error::Read`].
+    pub(crate) fn read(&self, entry: &Entry, from: usize, out: &mut [u8]) -> Result<(), Error> {
+        let (path, file) = &self.files[entry.file];
+        file.read_exact_at(out, entry.begin + from as u64).map_err(|source| Error::Read { path: path.clone(), source })
+    }
+
+    /// Calls `take` with the bytes of a tensor, [`READ_BYTES`] at a time.
+    fn read_parts(&self, entry: &Entry, mut take: impl FnMut(&[u8])) -> Result<(), Error> {
+        let mut part = vec![0; entry.bytes.min(READ_BYTES)];
+        for from in (0..entry.bytes).step_by(READ_BYTES) {
+            let part = &mut part[..READ_BYTES.min(entry.bytes - from)];
+            self.read(entry, from, part)?;
+            take(part);
+        }
+        Ok(())
     }
 
     /// Appends the values of an F32, BF16 or F16 tensor as f32.
-    pub(crate) fn append_f32(&self, entry: &Entry, out: &mut Vec<f32>) {
-        let bytes = self.bytes(entry);
-        match entry.stored {
+    ///
+    /// # Errors
+    /// [`Error::Read`].
+    pub(crate) fn append_f32(&self, entry: &Entry, out: &mut Vec<f32>) -> Result<(), Error> {
+        self.read_parts(entry, |bytes| match entry.stored {
             Stored::F32 => out.extend(bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b))),
             Stored::Bf16 => out.extend(bytes.as_chunks().0.iter().map(|b| bf16::from_le_bytes(*b).to_f32())),
             Stored::F16 => out.extend(bytes.as_chunks().0.iter().map(|b| f16::from_le_bytes(*b).to_f32())),
             Stored::E4m3 | Stored::Other => {}
-        }
+        })
     }
 
-    /// Appends the values of a BF16 tensor.
-    pub(crate) fn append_bf16(&self, entry: &Entry, out: &mut Vec<bf16>) {
-        out.extend(self.bytes(entry).as_chunks().0.iter().map(|b| bf16::from_le_bytes(*b)));
+    /// Reads the values of a BF16 tensor to `out`, which has as many elements.
+    ///
+    /// # Errors
+    /// [`Error::Read`].
+    pub(crate) fn read_bf16(&self, entry: &Entry, out: &mut [bf16]) -> Result<(), Error> {
+        let mut out = out.iter_mut();
+        self.read_parts(entry, |bytes| {
+            for (bytes, value) in bytes.as_chunks().0.iter().zip(&mut out) {
+                *value = bf16::from_le_bytes(*bytes);
+            }
+        })
     }
 }
 
-fn map(path: &Path) -> Result<Mmap, Error> {
-    let unreadable = |source| Error::Read { path: path.to_owned(), source };
-    let file = File::open(path).map_err(unreadable)?;
-    #[allow(unsafe_code)] // Checkpoints are larger than memory; reading them through a buffer would double it.
-    // SAFETY: the map is read-only and private to this folder; the bytes are only ever copied out as plain numbers, so
-    // a writer elsewhere could change values but no invariant of this process.
-    unsafe { Mmap::map(&file) }.map_err(unreadable)
-}
-
-fn header(map: &[u8]) -> Result<(serde_json::Map<String, serde_json::Value>, usize), String> {
-    let Some((length, rest)) = map.split_first_chunk::<8>() else {
-        return Err(format!("{} bytes are too few for a safetensors file", map.len()));
+/// The header's text; the inner error says what is wrong with the file.
+fn header(file: &File, file_bytes: u64) -> std::io::Result<Result<Vec<u8>, String>> {
+    let Some(rest) = file_bytes.checked_sub(8) else {
+        return Ok(Err(format!("{file_bytes} bytes are too few for a safetensors file")));
     };
-    let length = u64::from_le_bytes(*length);
-    if length > HEADER_BYTES_MAX || length > rest.len() as u64 {
-        return Err(format!("a header of {length} bytes does not fit the file's {}", map.len()));
+    let mut length = [0; 8];
+    file.read_exact_at(&mut length, 0)?;
+    let length = u64::from_le_bytes(length);
+    if length > HEADER_BYTES_MAX || length > rest {
+        return Ok(Err(format!("a header of {length} bytes does not fit the file's {file_bytes}")));
     }
-    let text = &rest[..length as usize];
-    let fields = serde_json::from_slice(text).map_err(|error| format!("no safetensors header: {error}"))?;
-    Ok((fields, 8 + length as usize))
+    let mut text = vec![0; length as usize];
+    file.read_exact_at(&mut text, 8)?;
+    Ok(Ok(text))
 }

@@ -16,6 +16,9 @@ use crate::mlp::Mlp;
 use crate::moe::Moe;
 use crate::mtp::MtpModule;
 
+/// Last part of the name of an attention layer's key and value expansion.
+pub(crate) const KV_B: &str = "kv_b_proj.weight";
+
 /// What a parameter is, which decides its precision and its weight decay.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Role {
@@ -187,7 +190,7 @@ impl List<'_> {
             query,
             kv_a: self.add(format!("{at}.kv_a_proj_with_mqa.weight"), &kv_a_shape, Role::Linear),
             kv_a_norm: self.add(format!("{at}.kv_a_layernorm.weight"), &[rank], Role::Norm),
-            kv_b: self.add(format!("{at}.kv_b_proj.weight"), &kv_b_shape, Role::Linear),
+            kv_b: self.add(format!("{at}.{KV_B}"), &kv_b_shape, Role::Linear),
             o: self.add(format!("{at}.o_proj.weight"), &[d, heads * c.v_head_dim], Role::Linear),
         }
     }

@@ -90,7 +90,8 @@ fn threads_and_batches_do_not_change_bits() {
     assert_eq!(bits(&one), bits(&product(7)));
     let mut row = vec![0.0; n];
     for i in [0, 1, 350, 699] {
-        gemm_serial(1, n, k, Mat::rows(&a.data[i * k..], k), b, &mut row, n, false);
+        let (a, c) = (Mat::rows(&a.data[i * k..], k), &mut row[..]);
+        run_serial(Product { m: 1, n, k, a, b: &b, c, c_stride: n, accumulate: false });
         assert_eq!(bits(&row), bits(&one[i * n..(i + 1) * n]));
     }
 }

@@ -78,6 +78,26 @@ fn bf16_pages_equal_f32_pages_of_the_same_values() {
 }
 
 #[test]
+fn an_encoded_kv_b_gives_the_bits_of_its_values() {
+    // Heads of 24 + 40 rows and a rank of 150, so that heads and tiles of 128 cross each other.
+    let (heads, dn, dv, rank) = (5, 24, 40, 150);
+    let master = values(&[heads * (dn + dv), rank], 8);
+    let fp8 = Precision::Fp8 { format: crate::Fp8Format::E4m3, scales: crate::Fp8Scales::F32 };
+    for precision in [Precision::F32, Precision::Bf16, fp8] {
+        let encoded = Weight::encode(&master, &precision);
+        let plain = Absorbed::new(&Weight::from_plain(encoded.dequantize()), heads, dn, dv);
+        for rows in [1, 50] {
+            let (q, o) = (values(&[rows, heads, dn + 4], 9), values(&[rows, heads, rank], 10));
+            for weight in [encoded.clone(), encoded.prepack()] {
+                let own = Absorbed::new(&weight, heads, dn, dv);
+                assert_eq!(own.query(&q).as_f32(), plain.query(&q).as_f32(), "{precision:?}");
+                assert_eq!(own.value(&o).as_f32(), plain.value(&o).as_f32(), "{precision:?}");
+            }
+        }
+    }
+}
+
+#[test]
 #[should_panic(expected = "pages lack")]
 fn a_length_beyond_the_pages_is_refused() {
     let page = vec![0.0; 4 * WIDTH];

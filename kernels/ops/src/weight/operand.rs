@@ -1,0 +1,120 @@
+//! A weight, or a run of its outputs, as the right operand of a product; decoded panel by panel as it is packed.
+//!
+//! Invariant: which layout, and which run of outputs, changes no bit of a decoded element.
+
+use std::ops::Range;
+
+use super::{Layout, Weight};
+use crate::gemm::{PANEL, Right, transpose_panel};
+use crate::isa::Isa;
+use crate::{DType, scratch};
+
+/// One matrix of a weight, or a run of its outputs, as the right operand of a product.
+#[derive(Clone, Copy)]
+pub(crate) struct Operand<'a> {
+    weight: &'a Weight,
+    matrix: usize,
+    /// First output of the run; 0 in the panel layout.
+    first: usize,
+    /// Outputs in the run.
+    outputs: usize,
+    /// k runs over inputs (y = x·wᵀ) or, in the input gradient, over outputs (dx = dy·w).
+    transposed: bool,
+}
+
+impl<'a> Operand<'a> {
+    /// Matrix `matrix` transposed: k runs over its inputs.
+    pub(crate) fn forward(weight: &'a Weight, matrix: usize) -> Self {
+        Self { weight, matrix, first: 0, outputs: weight.outputs(), transposed: true }
+    }
+
+    /// Matrix `matrix` as it is: k runs over its outputs.
+    pub(crate) fn backward(weight: &'a Weight, matrix: usize) -> Self {
+        Self { weight, matrix, first: 0, outputs: weight.outputs(), transposed: false }
+    }
+
+    /// Outputs `run` of a matrix in row layout; k runs over inputs when `transposed`, else over the run.
+    ///
+    /// # Panics
+    /// When the weight is laid out otherwise or has fewer outputs.
+    pub(crate) fn run(weight: &'a Weight, run: Range<usize>, transposed: bool) -> Self {
+        assert!(weight.layout == Layout::Rows && run.end <= weight.outputs(), "outputs {run:?} of {:?}", weight.shape);
+        Self { weight, matrix: 0, first: run.start, outputs: run.len(), transposed }
+    }
+
+    /// Panel layout against its grain: k over outputs.
+    fn pack_across(&self, isa: Isa, ks: Range<usize>, cols: Range<usize>, out: &mut [f32]) {
+        let k = self.weight.inputs();
+        let stack = self.weight.outputs().next_multiple_of(PANEL) * k;
+        for (row, out) in ks.zip(out.chunks_exact_mut(PANEL)) {
+            out.fill(0.0);
+            for (col, out) in cols.clone().zip(out) {
+                let at = self.matrix * stack + row / PANEL * PANEL * k + col * PANEL + row % PANEL;
+                self.weight.decode(isa, self.matrix, row, col, at, std::slice::from_mut(out));
+            }
+        }
+    }
+}
+
+impl Right for Operand<'_> {
+    fn holds(&self, k: usize, n: usize) -> bool {
+        let (outputs, inputs) = (self.outputs, self.weight.inputs());
+        self.matrix < self.weight.count()
+            && (k, n) == if self.transposed { (inputs, outputs) } else { (outputs, inputs) }
+    }
+
+    fn in_place(&self, ks: Range<usize>, cols: Range<usize>, once: bool) -> Option<(&[f32], usize)> {
+        let weight = self.weight;
+        if weight.elements.dtype() != DType::F32 {
+            return None;
+        }
+        let k = weight.inputs();
+        match (weight.layout, self.transposed) {
+            (Layout::Panels, true) => {
+                let start = (self.matrix * weight.outputs().next_multiple_of(PANEL) + cols.start) * k;
+                Some((&weight.elements.as_f32()[start + ks.start * PANEL..start + ks.end * PANEL], PANEL))
+            }
+            // Rows that several blocks of A read are better packed: far-apart rows collide in the first-level cache.
+            (Layout::Rows, false) if once && cols.len() == PANEL => {
+                let start = (self.matrix * weight.outputs() + self.first + ks.start) * k + cols.start;
+                Some((&weight.elements.as_f32()[start..start + (ks.len() - 1) * k + PANEL], k))
+            }
+            _ => None,
+        }
+    }
+
+    fn pack(&self, isa: Isa, ks: Range<usize>, cols: Range<usize>, out: &mut [f32]) {
+        let (weight, matrix) = (self.weight, self.matrix);
+        let (n, k) = (weight.outputs(), weight.inputs());
+        match (weight.layout, self.transposed) {
+            (Layout::Panels, true) => {
+                let start = (matrix * n.next_multiple_of(PANEL) + cols.start) * k + ks.start * PANEL;
+                weight.decode(isa, matrix, cols.start, ks.start, start, out);
+            }
+            (Layout::Panels, false) => self.pack_across(isa, ks, cols, out),
+            (Layout::Rows, true) => {
+                let (first, len) = (self.first + cols.start, ks.len());
+                let start = (matrix * n + first) * k + ks.start;
+                if weight.elements.dtype() == DType::F32 {
+                    let source = &weight.elements.as_f32()[start..];
+                    return transpose_panel(isa, source, k, cols.len(), len, out);
+                }
+                scratch::with_f32(cols.len() * len, |rows| {
+                    for (j, row) in rows.chunks_exact_mut(len).enumerate() {
+                        weight.decode(isa, matrix, first + j, ks.start, start + j * k, row);
+                    }
+                    transpose_panel(isa, rows, len, cols.len(), len, out);
+                });
+            }
+            (Layout::Rows, false) => {
+                for (row, out) in ks.zip(out.chunks_exact_mut(PANEL)) {
+                    let row = self.first + row;
+                    let at = (matrix * n + row) * k + cols.start;
+                    let (here, rest) = out.split_at_mut(cols.len());
+                    weight.decode(isa, matrix, row, cols.start, at, here);
+                    rest.fill(0.0);
+                }
+            }
+        }
+    }
+}
