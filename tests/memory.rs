@@ -70,7 +70,7 @@ fn resident(server: &Server, field: &str) -> u64 {
 
 fn watch(folder: &Path, vocab: usize) -> Seen {
     let binary = std::env::var_os("DSV3_BINARY").map(PathBuf::from);
-    let server = Server::of(binary.as_deref(), folder, &["--cache-mib", "16", "--no-speculate"]);
+    let server = Server::of(binary.as_deref(), folder, &["--cache-mib", "16"]);
     let (load_peak, loaded) = (resident(&server, "VmHWM"), resident(&server, "VmRSS"));
     for round in 0..3 {
         let prompt =

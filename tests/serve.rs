@@ -233,6 +233,25 @@ fn streams_chat_models_and_every_precision() {
 }
 
 #[test]
+fn the_cache_is_reported_and_takes_half_in_bf16() {
+    let Some(folder) = oracle_folders().into_iter().next() else { return };
+    let body = json!({"prompt": (5..90).collect::<Vec<u32>>(), "max_tokens": 0, "echo": true, "logprobs": 0});
+    let ask = |args: &[&str]| {
+        let server = Server::start(&folder, args);
+        let metrics = server.get("/metrics");
+        let bytes = metrics.lines().find_map(|line| line.strip_prefix("dsv3_cache_bytes ")).expect("it is reported");
+        let logprobs = server.complete(&body)["logprobs"]["token_logprobs"].clone();
+        let logprobs: Vec<f64> = logprobs.as_array().into_iter().flatten().filter_map(Value::as_f64).collect();
+        (bytes.parse::<u64>().expect("a number"), logprobs)
+    };
+    let (plain, narrow) = (ask(&[]), ask(&["--cache", "bf16"]));
+    assert_eq!(plain.0, 2 * narrow.0);
+    let gaps: Vec<f64> = plain.1.iter().zip(&narrow.1).map(|(a, b)| (a - b).abs()).collect();
+    let mean = gaps.iter().sum::<f64>() / gaps.len() as f64;
+    assert!(gaps.len() == 84 && mean > 0.0 && mean < 2e-2, "{} differences, {mean} on average", gaps.len());
+}
+
+#[test]
 fn signals_end_it_with_zero_also_in_the_middle_of_an_answer() {
     let Some(folder) = oracle_folders().into_iter().next() else { return };
     for signal in [libc::SIGTERM, libc::SIGINT] {
