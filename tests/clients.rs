@@ -103,6 +103,16 @@ fn write(model: &Model, folder: &Path) {
 }
 
 #[test]
+fn the_scripts_pipelines_are_valid() {
+    let model = format!("params.model={}", file("data/oracles/hf-tiny").display());
+    for (name, sets) in [("wide.yaml", vec![]), ("export.yaml", vec!["--set", &model])] {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_dsv3-pipeline"));
+        let output = command.arg("validate").arg(file("clients").join(name)).args(sets).output().expect("it runs");
+        assert!(output.status.success(), "{name}: {}", String::from_utf8_lossy(&output.stderr));
+    }
+}
+
+#[test]
 fn numpy_agrees_on_plain_folders_with_and_without_yarn() {
     let Some(python) = python() else { return };
     for name in ["hf-tiny", "hf-tiny-yarn"] {

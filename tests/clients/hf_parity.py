@@ -3,9 +3,9 @@
     dsv3-pipeline run pipelines/full.yaml                           # the demo
     dsv3-pipeline get latest rl.model demo/
     dsv3-pipeline run tests/clients/export.yaml --set params.model=$PWD/demo
-    dsv3-pipeline get latest release.model demo-bf16/ --store file://$PWD/tests/clients/runs
+    dsv3-pipeline get latest release.model demo-bf16/
     dsv3-pipeline run tests/clients/wide.yaml                       # a small FP8 model whose widths are multiples of 128
-    dsv3-pipeline get latest release.model wide-fp8/ --store file://$PWD/tests/clients/runs
+    dsv3-pipeline get latest release.model wide-fp8/
     pip install -r tests/clients/requirements.txt
     python tests/clients/hf_parity.py --binary target/release/dsv3-pipeline demo-bf16/ wide-fp8/
 
