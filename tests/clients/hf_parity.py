@@ -17,12 +17,14 @@ which changes no number.
 
 At f32 every token must agree within 1e-3. At bf16 the choice of experts is the trouble: two experts whose scores are nearly
 equal change places under any rounding, and the token's log-probability jumps, in transformers' own bfloat16 as well (last
-row of each folder, which passes no judgement). So two things must hold at bf16:
+row of each folder, which passes no judgement). So three things must hold at bf16:
 - against float32, the mean difference is at most 2e-2;
 - against the same model with the roundings that our `--precision bf16` documents (weights and inputs of linear layers to
   BF16, sums in float32; router, head and the absorbed key and value expansion take unrounded inputs), every token agrees
   within 2e-2 unless at it or before it, in some layer, the last expert or group chosen and the first one left out are
-  closer than 3e-4.
+  closer than 2^-9, the relative size of one BF16 rounding;
+- with those tokens too, at most 1% are farther off than 2e-2. Most of the texts are drawn ids, which a trained model gives
+  log-probabilities of -10 to -20, where an equal relative error is a larger difference.
 
 As a control every judged comparison is made again with one element of one weight of the reference changed, and must fail.
 Exit code 1 when a limit is passed or a control is not. The committed result is hf_parity.txt.
@@ -45,8 +47,8 @@ import transformers
 from safetensors import safe_open
 
 LIMIT_F32, LIMIT_BF16 = 1e-3, 2e-2
-# Scores closer than this may be ordered either way: a rounding of one input to BF16 moves them as far.
-TIE = 3e-4
+# Scores closer than this may be ordered either way: one rounding to BF16 moves them as far.
+TIE = 2.0**-9
 BLOCK = 128
 TEXTS = [
     "Sam has 6 shells. Buys 6 shells. Gives 4 shells. Wins 3 shells. Total?",
@@ -231,22 +233,28 @@ def references(folder):
 
 
 HEAD = f"{'folder':<12} {'stored':>6} {'server':>8} {'reference':>10} {'texts':>5} {'tokens':>15} {'max':>8} {'mean':>8} " \
-    f"{'<= 2e-2':>8} {'limit':>13} {'verdict':>7}  with one weight changed"
+    f"{'> 2e-2':>8} {'limit':>13} {'verdict':>7}  with one weight changed"
+
+
+FIGURES = {
+    "max": max,
+    "mean": lambda gaps: sum(gaps) / len(gaps),
+    "beyond": lambda gaps: sum(gap > LIMIT_BF16 for gap in gaps) / len(gaps),
+}
 
 
 def line(folder, out, server, reference, differences, tokens, judged=None, control=None):
     """Prints one comparison; whether it is as it should be."""
-    worst, mean = max(differences), sum(differences) / len(differences)
-    near = sum(gap <= LIMIT_BF16 for gap in differences) / len(differences)
+    worst, mean, beyond = (figure(differences) for figure in FIGURES.values())
     limit, verdict, seen, good = "", "", "", True
     if judged:
         name, bound = judged
-        figure = {"max": max, "mean": lambda all: sum(all) / len(all)}[name]
+        figure = FIGURES[name]
         passed, caught = figure(differences) <= bound, figure(control) > bound
         limit, verdict = f"{name} {bound:.0e}", "ok" if passed else "FAILED"
         seen, good = f"{name} {figure(control):.1e}: {'seen' if caught else 'NOT SEEN'}", passed and caught
     print(f"{folder.name:<12} {out['stored']:>6} {server:>8} {reference:>10} {len(out['rows']):>5} {tokens:>15} {worst:>8.1e} "
-          f"{mean:>8.1e} {near:>8.2%} {limit:>13} {verdict:>7}  {seen}".rstrip())
+          f"{mean:>8.1e} {beyond:>8.2%} {limit:>13} {verdict:>7}  {seen}".rstrip())
     return good
 
 
@@ -268,7 +276,7 @@ def judge(folder, binary):
         row("f32", ours["f32"], "float32", judged=("max", LIMIT_F32)),
         row("bf16", ours["bf16"], "float32", judged=("mean", LIMIT_BF16)),
         row("bf16", ours["bf16"], "rounded", free=True, judged=("max", LIMIT_BF16)),
-        row("bf16", ours["bf16"], "rounded"),
+        row("bf16", ours["bf16"], "rounded", judged=("beyond", 0.01)),
         row("(theirs)", out["bfloat16"], "float32"),
     ])
 
