@@ -19,8 +19,11 @@ pub use safetensors::{CONFIG, safetensors};
 pub use tokenizer::tokenizer;
 pub use yaml::{DOCUMENTS, yaml};
 
+/// What a target does with its bytes.
+pub type Body = fn(&[u8]);
+
 /// The targets by name.
-pub const TARGETS: [(&str, fn(&[u8])); 5] =
+pub const TARGETS: [(&str, Body); 5] =
     [("http", http), ("manifest", manifest), ("safetensors", safetensors), ("tokenizer", tokenizer), ("yaml", yaml)];
 
 /// Runs store calls and requests to their end, on a runtime of this thread.

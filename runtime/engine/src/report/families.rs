@@ -104,7 +104,8 @@ pub(super) fn cell(name: &str) -> Option<(String, u64, u64)> {
 /// The matrices among the figures, in the order of the stages; before, after and gain of one name together.
 pub(super) fn matrices(rows: &[FigureRow]) -> Vec<Matrix> {
     type Cells = BTreeMap<(u64, u64), Option<Spread>>;
-    let mut found: Vec<(String, BTreeMap<(String, Variant), Cells>)> = Vec::new();
+    type Families = BTreeMap<(String, Variant), Cells>;
+    let mut found: Vec<(String, Families)> = Vec::new();
     for row in rows {
         let Some((name, length, depth)) = cell(&row.metric) else { continue };
         let (figure, variant) = Variant::split(&name);
@@ -124,7 +125,7 @@ pub(super) fn matrices(rows: &[FigureRow]) -> Vec<Matrix> {
         let cells = rows.iter().map(line).collect();
         Matrix { stage: stage.to_owned(), figure, variant, rows, columns, cells }
     };
-    let of_stage = |(stage, families): (String, BTreeMap<_, _>)| {
+    let of_stage = |(stage, families): (String, Families)| {
         families.into_iter().map(|(name, cells)| matrix(&stage, name, cells)).collect::<Vec<_>>()
     };
     found.into_iter().flat_map(of_stage).collect()
