@@ -245,3 +245,29 @@ fn the_committed_schema_is_that_of_the_types() {
     let committed = std::fs::read_to_string(&path).unwrap_or_default();
     assert!(committed == out, "schemas/pipeline.schema.json is stale: DSV3_UPDATE=1 cargo test committed_schema");
 }
+
+#[test]
+fn bench_reports_fractions_that_can_be_checked() {
+    let dir = Dir::new();
+    for (work, more) in
+        [("train", &["--no-mtp"][..]), ("decode", &["--context", "16"]), ("prefill", &["--context", "16"])]
+    {
+        let mut args =
+            vec!["bench", work, "--config", "demo", "--steps", "2", "--warmup", "0", "--threads", "2", "--json"];
+        args.extend(more);
+        let (out, _) = dir.expect(0, &args);
+        let report: Value = serde_json::from_str(&out).unwrap_or_else(|error| panic!("{error}: {out}"));
+        let number = |name: &str| report[name].as_f64().unwrap_or_else(|| panic!("{name} in {report}"));
+        let rates = number("tokens_per_second") * number("model_flops_per_token") * 1e-9 / number("ceiling_gflops");
+        assert!(number("tokens_per_second") > 0.0 && number("bandwidth_gb_per_second") > 0.0, "{report}");
+        // A ceiling of decoding may be the memory's.
+        let near = (number("fraction") / rates - 1.0).abs() < 1e-9;
+        assert!(near || (work == "decode" && report["bound"] == "memory"), "{report}");
+        assert_eq!((number("threads"), number("steps"), report["precision"].as_str()), (2.0, 2.0, Some("f32")));
+        assert!(report["peak_bytes"].as_u64().is_none_or(|bytes| bytes > 1 << 20), "{report}");
+        assert!(report["isa"].is_string() && report["config"] == "demo" && report["mtp"] == false, "{report}");
+    }
+    dir.expect(64, &["bench", "train", "--config", "L"]);
+    dir.expect(64, &["bench", "train", "--config", "XL"]);
+    dir.expect(64, &["bench", "fly", "--config", "demo"]);
+}

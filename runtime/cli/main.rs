@@ -3,6 +3,7 @@
 //! Exit codes: 0 done; 64 bad usage, configuration or hook world; 65 bad data, integrity, hook trap or timeout; 69
 //! something unavailable, full or read-only; 70 a bug; 75 stopped at a checkpoint, run again.
 
+mod bench;
 mod common;
 mod exec;
 mod explain;
@@ -61,6 +62,8 @@ enum Command {
     Schema(schema::Args),
     /// Serve a model folder over an OpenAI-compatible HTTP API
     Serve(serve::Args),
+    /// Measure training, decoding or prefill on this machine, beside what it could reach
+    Bench(bench::Args),
     /// Write the data that the shipped pipelines read
     #[command(hide = true)]
     Generate(generate::Args),
@@ -106,6 +109,7 @@ impl Command {
             Self::Exec(args) => args.json,
             Self::Resume(args) => args.json,
             Self::Report(args) => args.json,
+            Self::Bench(args) => args.json,
             _ => false,
         }
     }
@@ -124,6 +128,7 @@ impl Command {
             Self::Get(args) => get::run(args).await,
             Self::Schema(args) => schema::run(&args),
             Self::Serve(args) => Ok(serve::run(args).await?),
+            Self::Bench(args) => bench::run(&args),
             Self::Generate(args) => Ok(generate::run(&args)?),
         }
     }

@@ -3,11 +3,16 @@
 //! Everything is derived from a checked [`ModelConfig`]; nothing is measured. `reference/deepseek-v3.md` §1.4 (counts), §2
 //! (cache and FLOPs: the published 250 GFLOPs per token at 4096 tokens are reproduced).
 
+pub mod flops;
+mod named;
+
 use dsv3_model::{
     ModelConfig,
     count::{self, Counts},
 };
 use serde::Serialize;
+
+pub use named::{NAMES, Named, named};
 
 /// Sizes and costs of a model at one sequence length.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]

@@ -60,6 +60,22 @@ impl Model {
         Ok(Self::assemble(config.clone(), table, params, biases, precision))
     }
 
+    /// What [`Model::init`] followed by [`Model::freeze`] gives, without ever holding all masters.
+    ///
+    /// # Errors
+    /// When the configuration has problems.
+    pub fn init_frozen(config: &ModelConfig, precision: Precision, seed: u64) -> Result<Self, Error> {
+        checked(config)?;
+        let table = Table::new(config);
+        let params = table.params.iter().map(|info| {
+            let weight = encoded(info.role, &init::draw(info, config.initializer_range, seed), precision);
+            Param { id: info.id, compute: decode::laid_out(info, &weight), master: None }
+        });
+        let params = params.collect();
+        let biases = table.biases.iter().map(|_| vec![0.0; config.n_routed_experts]).collect();
+        Ok(Self::assemble(config.clone(), table, params, biases, precision))
+    }
+
     /// Puts the parts of a checked configuration together.
     pub(crate) fn assemble(
         config: ModelConfig,
