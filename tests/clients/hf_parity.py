@@ -15,7 +15,8 @@ stopped. The reference is DeepseekV3ForCausalLM with the stored weights in float
 FP8 kernels need a GPU). transformers has no multi-token prediction and ignores those tensors; our server drafts with them,
 which changes no number.
 
-At f32 every token must agree within 1e-3. At bf16 the choice of experts is the trouble: two experts whose scores are nearly
+At f32 every token must agree within 1e-3. At bf16 not every token agrees within 2e-2: on the demo 12% are farther off, on
+average 1.2e-2, and transformers' own bfloat16 more. The choice of experts is the likely cause: two experts whose scores are nearly
 equal change places under any rounding, and the token's log-probability jumps, in transformers' own bfloat16 as well (last
 row of each folder, which passes no judgement). So three things must hold at bf16:
 - against float32, the mean difference is at most 2e-2;
@@ -25,6 +26,10 @@ row of each folder, which passes no judgement). So three things must hold at bf1
   closer than 2^-9, the relative size of one BF16 rounding;
 - with those tokens too, at most 1% are farther off than 2e-2. Most of the texts are drawn ids, which a trained model gives
   log-probabilities of -10 to -20, where an equal relative error is a larger difference.
+
+These three were chosen after the differences were seen, the width of a tie and the 1% too; the rows with ties taken out
+cover a tenth of the demo's tokens and a sixth of the other model's. They show that the server does the roundings it
+documents, not that two bfloat16 implementations agree token by token.
 
 As a control every judged comparison is made again with one element of one weight of the reference changed, and must fail.
 Exit code 1 when a limit is passed or a control is not. The committed result is hf_parity.txt.
