@@ -172,13 +172,15 @@ fn a_read_only_mount_is_one_error_and_can_be_read() {
     }
     let folder = place.path().join("model");
     let folder = folder.display().to_string();
-    let reads: [(&[&str], &str); 6] = [
+    let page = place.path().join("page").display().to_string();
+    let reads: [(&[&str], &str); 7] = [
         (&["plan", &recipe], "be found finished"),
         (&["explain", &recipe, "sft"], "finished"),
         (&["run", &recipe, "--dry-run"], "be found finished"),
         (&["runs"], "tiny"),
         (&["inspect", "last", "base"], "model"),
         (&["get", "last", "sft.model", &folder], ""),
+        (&["report", "last", "--out", &page], "report.md"),
     ];
     for (args, part) in reads {
         let (code, said, errors) = read_only(&place, &[args, &store].concat());
