@@ -1,8 +1,8 @@
 //! Weights as products read them: F32, BF16 or block-scaled FP8, `[out, in]` or a stack `[experts, out, in]`.
 //!
 //! Two layouts of the same elements. *Rows*: row-major, as checkpoints store them; training uses it. *Panels*, made by
-//! [`Weight::prepack`] for inference: `[experts][⌈out/32⌉][in][32]`, zero past the last output, so that a product of any
-//! height reads each byte once, in order. FP8 scales stay `[.., ⌈out/128⌉, ⌈in/128⌉]` in both.
+//! [`Weight::prepack`] for inference: 32 outputs side by side (`weight/layout.rs`), zero past the last one, so that a
+//! product of any height reads each byte once, in order. FP8 scales stay `[.., ⌈out/128⌉, ⌈in/128⌉]` in both.
 //!
 //! Invariant: products, [`Weight::dequantize`] and [`Weight::fp8_parts`] give the same bits in either layout.
 

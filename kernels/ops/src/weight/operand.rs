@@ -44,12 +44,10 @@ impl<'a> Operand<'a> {
 
     /// Panel layout against its grain: k over outputs.
     fn pack_across(&self, isa: Isa, ks: Range<usize>, cols: Range<usize>, out: &mut [f32]) {
-        let k = self.weight.inputs();
-        let stack = self.weight.outputs().next_multiple_of(PANEL) * k;
         for (row, out) in ks.zip(out.chunks_exact_mut(PANEL)) {
             out.fill(0.0);
             for (col, out) in cols.clone().zip(out) {
-                let at = self.matrix * stack + row / PANEL * PANEL * k + col * PANEL + row % PANEL;
+                let at = self.weight.panel_index(self.matrix, row, col);
                 self.weight.decode(isa, self.matrix, row, col, at, std::slice::from_mut(out));
             }
         }
@@ -87,10 +85,7 @@ impl Right for Operand<'_> {
         let (weight, matrix) = (self.weight, self.matrix);
         let (n, k) = (weight.outputs(), weight.inputs());
         match (weight.layout, self.transposed) {
-            (Layout::Panels, true) => {
-                let start = (matrix * n.next_multiple_of(PANEL) + cols.start) * k + ks.start * PANEL;
-                weight.decode(isa, matrix, cols.start, ks.start, start, out);
-            }
+            (Layout::Panels, true) => weight.decode_panel(isa, matrix, cols.start, ks, out),
             (Layout::Panels, false) => self.pack_across(isa, ks, cols, out),
             (Layout::Rows, true) => {
                 let (first, len) = (self.first + cols.start, ks.len());
