@@ -38,7 +38,7 @@ mod vector;
 mod weight;
 
 pub use fp8::{Fp8, Fp8Format, Fp8Scales};
-pub use isa::instruction_set;
+pub use isa::{INSTRUCTION_SETS, IsaError, instruction_set, limit_instruction_set};
 pub use memory::{keep_buffers, keep_freed_memory, return_freed_memory};
 pub use tape::{Back, Grads, Job, Param, ParamId, Tape, Var, VarId, WeightGrads};
 pub use tensor::{CpuBuf, DType, Device, Spans, Tensor};
