@@ -5,6 +5,7 @@
 //! threads, packing and the instruction set only decide when an output is computed. B is read in panels of
 //! [`PANEL`] columns, packed from whatever encoding it has.
 
+mod few;
 mod kernel;
 mod pack;
 
@@ -12,6 +13,7 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
+pub(crate) use few::Elements;
 pub(crate) use pack::{Right, transpose_panel};
 
 use crate::isa::Isa;
@@ -25,6 +27,8 @@ pub(crate) const PANEL: usize = 32;
 const GROUP_PANELS: usize = 8;
 /// Rows of A that stay in cache while the panels of a group pass over them.
 const BLOCK_M: usize = 96;
+/// Rows up to which a prepacked weight is decoded as it is read, once for every eight of them.
+const FEW_ROWS: usize = 16;
 /// Products below this many multiply-adds stay on the calling thread.
 const SERIAL_MADDS_MAX: usize = 1 << 19;
 
@@ -159,6 +163,12 @@ fn tile(isa: Isa, p: &Checked<'_>, rows: Range<usize>, cols: Range<usize>) {
         }
         return;
     }
+    let few = |elements: &Elements<'_>| {
+        rows.len() <= FEW_ROWS && p.a.col_stride == 1 && few::has_kernel(isa, *elements, false)
+    };
+    if let Some(elements) = p.b.prepacked().filter(few) {
+        return few_rows(p, elements, rows, cols);
+    }
     // A few rows read each panel once, so a panel at a time stays in the first-level cache.
     let group = if rows.len() <= 2 * kernel::ROWS_MAX { PANEL } else { GROUP_PANELS * PANEL };
     scratch::with_f32(group * BLOCK_K, |packed_b| {
@@ -170,6 +180,22 @@ fn tile(isa: Isa, p: &Checked<'_>, rows: Range<usize>, cols: Range<usize>) {
             }
         }
     });
+}
+
+/// [`tile`] for few rows of a prepacked weight: panel after panel, as they lie.
+#[allow(unsafe_code)]
+fn few_rows(p: &Checked<'_>, elements: Elements<'_>, rows: Range<usize>, cols: Range<usize>) {
+    for col in cols.clone().step_by(PANEL) {
+        let a = p.a.data[rows.start * p.a.row_stride..].as_ptr();
+        let (scales, scale_strides) = (std::ptr::null(), (0, 0));
+        let call = few::Rows { a, stride: p.a.row_stride, scales, scale_strides, count: rows.len() };
+        // SAFETY: `check` proved that C holds these rows and columns, and A the rows; this tile belongs to this call.
+        unsafe {
+            let c = p.c.add(rows.start * p.c_stride + col);
+            let out = few::Out { c, stride: p.c_stride, cols: PANEL.min(cols.end - col), add: p.accumulate };
+            few::panel(elements, col / PANEL, p.k, call, out);
+        }
+    }
 }
 
 /// One K block of a group of panels against all rows.

@@ -9,6 +9,7 @@
 mod layout;
 mod operand;
 
+pub(crate) use layout::panel_len;
 pub(crate) use operand::Operand;
 
 use crate::activation::Rounding;

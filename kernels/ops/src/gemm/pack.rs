@@ -5,6 +5,7 @@
 
 use std::ops::Range;
 
+use super::few::Elements;
 use super::{Mat, PANEL};
 use crate::isa::{Isa, simd_fn};
 
@@ -20,6 +21,11 @@ pub(crate) trait Right: Sync {
     /// Writes rows `ks` (within one K block) of columns `cols` (at most a panel, starting at one) to `out`
     /// `[ks.len()][32]`.
     fn pack(&self, isa: Isa, ks: Range<usize>, cols: Range<usize>, out: &mut [f32]);
+
+    /// The elements, if they are a prepacked weight's, which few rows read as they lie.
+    fn prepacked(&self) -> Option<Elements<'_>> {
+        None
+    }
 }
 
 impl Right for Mat<'_> {

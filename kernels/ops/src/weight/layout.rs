@@ -16,7 +16,8 @@ use half::bf16;
 use rayon::prelude::*;
 
 use super::{Layout, Weight};
-use crate::gemm::PANEL;
+use crate::fp8::TILE;
+use crate::gemm::{Elements, PANEL};
 use crate::isa::Isa;
 use crate::{DType, Tensor, scratch};
 
@@ -94,6 +95,28 @@ impl Weight {
             DType::F32 => panel * panel_len::<f32>(k) + f32::place(input, column),
             DType::Bf16 => panel * panel_len::<bf16>(k) + bf16::place(input, column),
             _ => panel * panel_len::<u8>(k) + u8::place(input, column),
+        }
+    }
+
+    /// The panels of one matrix.
+    ///
+    /// # Panics
+    /// When the weight is in row layout or has no such matrix.
+    pub(crate) fn panels(&self, matrix: usize) -> Elements<'_> {
+        assert!(self.layout == Layout::Panels, "a weight in rows has no panels");
+        fn of<T: Element>(data: &[T], matrix: usize, n: usize, k: usize) -> &[T] {
+            let len = matrix_len::<T>(n, k);
+            &data[matrix * len..][..len]
+        }
+        let (n, k) = (self.outputs(), self.inputs());
+        match self.elements.dtype() {
+            DType::F32 => Elements::F32(of(self.elements.as_f32(), matrix, n, k)),
+            DType::Bf16 => Elements::Bf16(of(self.elements.as_bf16(), matrix, n, k)),
+            _ => {
+                let tiles = n.div_ceil(TILE) * k.div_ceil(TILE);
+                let scales = self.scales.as_ref().map_or(&[][..], |scales| &scales.as_f32()[matrix * tiles..][..tiles]);
+                Elements::Codes(of(self.elements.as_u8(), matrix, n, k), self.encoding(), scales)
+            }
         }
     }
 

@@ -5,7 +5,7 @@
 use std::ops::Range;
 
 use super::{Layout, Weight};
-use crate::gemm::{PANEL, Right, transpose_panel};
+use crate::gemm::{Elements, PANEL, Right, transpose_panel};
 use crate::isa::Isa;
 use crate::{DType, scratch};
 
@@ -59,6 +59,10 @@ impl Right for Operand<'_> {
         let (outputs, inputs) = (self.outputs, self.weight.inputs());
         self.matrix < self.weight.count()
             && (k, n) == if self.transposed { (inputs, outputs) } else { (outputs, inputs) }
+    }
+
+    fn prepacked(&self) -> Option<Elements<'_>> {
+        (self.weight.layout == Layout::Panels && self.transposed).then(|| self.weight.panels(self.matrix))
     }
 
     fn in_place(&self, ks: Range<usize>, cols: Range<usize>, once: bool) -> Option<(&[f32], usize)> {

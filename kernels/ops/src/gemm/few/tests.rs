@@ -1,0 +1,91 @@
+//! Every number of rows gives the bits of the written rule, on odd sizes and in every encoding.
+
+use super::super::{Mat, Product, Right, run};
+use super::*;
+use crate::fp8::TILE;
+use crate::testing::values;
+use crate::weight::Operand;
+use crate::{Fp8Format, Fp8Scales, Precision, Tensor, Weight};
+
+const SIZES: [(usize, usize); 6] = [(1, 1), (32, 128), (33, 129), (70, 300), (160, 255), (31, 2)];
+
+fn bits(x: &[f32]) -> Vec<u32> {
+    x.iter().map(|x| x.to_bits()).collect()
+}
+
+/// Chains of 128, added in order; `scale(block)` multiplies their sums.
+fn chain(a: &[f32], b: &[f32], start: Option<f32>, scale: impl Fn(usize, f32) -> f32) -> f32 {
+    let blocks = a.chunks(BLOCK_K).zip(b.chunks(BLOCK_K)).enumerate();
+    let sums = blocks.map(|(i, (a, b))| scale(i, a.iter().zip(b).fold(0f32, |acc, (a, b)| a.mul_add(*b, acc))));
+    sums.fold(start, |total, sum| Some(total.map_or(sum, |total| total + sum))).unwrap_or(0.0)
+}
+
+#[test]
+fn plain_weights() {
+    for ((n, k), precision) in SIZES.into_iter().flat_map(|s| [(s, Precision::F32), (s, Precision::Bf16)]) {
+        let weight = Weight::encode(&values(&[2, n, k], 1), &precision);
+        let (dense, packed) = (weight.dequantize(), weight.prepack());
+        let b = &Operand::forward(&packed, 1);
+        assert!(b.prepacked().is_some());
+        for m in (1..=9).chain([16, 17]) {
+            let (a, start) = (values(&[m, k + 3], 2), values(&[m, n + 1], 3));
+            for accumulate in [false, true] {
+                let mut expected = start.as_f32().to_vec();
+                for (i, j) in (0..m).flat_map(|i| (0..n).map(move |j| (i, j))) {
+                    let c = &mut expected[i * (n + 1) + j];
+                    let (a, b) = (&a.as_f32()[i * (k + 3)..][..k], &dense.as_f32()[(n + j) * k..][..k]);
+                    *c = chain(a, b, accumulate.then_some(*c), |_, sum| sum);
+                }
+                for isa in Isa::all() {
+                    let (a, mut c) = (Mat::rows(a.as_f32(), k + 3), start.as_f32().to_vec());
+                    run(isa, &mut [Product { m, n, k, a, b, c: &mut c, c_stride: n + 1, accumulate }]);
+                    assert_eq!(bits(&c), bits(&expected), "{precision:?} {m} x {n} x {k} {isa:?}");
+                }
+            }
+        }
+    }
+}
+
+/// Values as words of pairs: the first in the upper half.
+fn pairs(row: &[f32]) -> Vec<f32> {
+    let word = |two: &[f32]| two[0].to_bits() & 0xffff_0000 | two.get(1).map_or(0, |x| x.to_bits() >> 16);
+    row.chunks(2).map(|two| f32::from_bits(word(two))).collect()
+}
+
+#[test]
+fn codes() {
+    for ((n, k), format) in SIZES.into_iter().flat_map(|s| [(s, Fp8Format::E4m3), (s, Fp8Format::E5m2)]) {
+        let weight = Weight::encode(&values(&[n, k], 1), &Precision::Fp8 { format, scales: Fp8Scales::F32 });
+        let (packed, (codes, scales)) = (weight.prepack(), weight.fp8_parts().expect("FP8"));
+        let value = |code: &u8| format.forward().decode(*code);
+        let dense: Vec<f32> = codes.as_u8().iter().map(value).collect();
+        let across = k.div_ceil(TILE);
+        let elements = packed.panels(0);
+        for m in 1..=9 {
+            let a = crate::Fp8::quantize_rows(&values(&[m, k], 2), format.forward(), Fp8Scales::F32);
+            let rows: Vec<f32> = a.codes.as_u8().iter().map(value).collect();
+            let words: Vec<f32> = rows.chunks(k).flat_map(pairs).collect();
+            for isa in Isa::all().into_iter().filter(|isa| has_kernel(*isa, elements, true)) {
+                let mut c = vec![7.0; m * n];
+                for (index, first) in (0..n).step_by(PANEL).enumerate() {
+                    let (a, scales) = (words.as_ptr(), a.scales.as_f32().as_ptr());
+                    let rows = Rows { a, stride: k.div_ceil(2), scales, scale_strides: (across, 1), count: m };
+                    // SAFETY: the sizes are those of the vectors above.
+                    unsafe {
+                        let out =
+                            Out { c: c.as_mut_ptr().add(first), stride: n, cols: PANEL.min(n - first), add: false };
+                        panel(elements, index, k, rows, out);
+                    }
+                }
+                let row_scales: &Tensor = &a.scales;
+                for (i, j) in (0..m).flat_map(|i| (0..n).map(move |j| (i, j))) {
+                    let scaled = |block: usize, sum: f32| {
+                        sum * row_scales.as_f32()[i * across + block] * scales.as_f32()[j / TILE * across + block]
+                    };
+                    let expected = chain(&rows[i * k..][..k], &dense[j * k..][..k], None, scaled);
+                    assert_eq!(c[i * n + j].to_bits(), expected.to_bits(), "{m} x {n} x {k} at {i}, {j} {isa:?}");
+                }
+            }
+        }
+    }
+}
