@@ -2,13 +2,17 @@
 //!
 //! F32: as they are. BF16: rounded. FP8: the input in tiles of 1×128 along its channels; for the weight gradient its
 //! codes are dequantised and requantised in tiles of 128 tokens × 1 channel that start anew at each expert. The output
-//! gradient is quantised from its f32 values in both shapes. Values are code · scale in f32. Single layers may keep
-//! their input in another form or take other scales (`fp8/exceptions.rs`).
+//! gradient is quantised from its f32 values in both shapes. Products read the codes and, apart from them, the scales
+//! (`gemm/codes.rs`). Single layers may keep their input in another form or take other scales (`fp8/exceptions.rs`).
 
 use half::bf16;
 use rayon::prelude::*;
 
-use crate::fp8::{E5m6, Encoding, Exceptions, Fill, Fp8, Fp8Scales, decode_rows, round_columns, round_rows};
+use crate::fp8::{
+    E5m6, Encoding, Exceptions, Fill, Fp8, Fp8Scales, Rule, Source, View, decode_rows, tile_rows, words_of_columns,
+    words_of_rows,
+};
+use crate::gemm::Form;
 use crate::isa::Isa;
 use crate::swiglu::Cached;
 use crate::{Precision, Tensor, bfloat, memory};
@@ -18,6 +22,46 @@ use crate::{Precision, Tensor, bfloat, memory};
 pub(crate) struct Rounding {
     pub(crate) precision: Precision,
     pub(crate) exceptions: Exceptions,
+}
+
+/// `[rows, k]` as the left operand of a product over k.
+#[derive(Clone)]
+pub(crate) enum Rows {
+    /// F32 values.
+    Values(Tensor),
+    /// Codes as words `[rows, form.words(k)]`, with the scales of 1×128 tiles `[rows, ⌈k/128⌉]`.
+    Codes { words: Tensor, scales: Vec<f32>, form: Form },
+}
+
+/// `[tokens, cols]` as an operand of a product over tokens.
+pub(crate) enum Columns {
+    /// F32 values.
+    Values(Tensor),
+    /// Codes.
+    Codes(ColumnCodes),
+}
+
+/// Words `[.., cols]` and scales of 128×1 tiles `[tiles, cols]`, both anew at each expert.
+pub(crate) struct ColumnCodes {
+    words: Tensor,
+    scales: Vec<f32>,
+    pub(crate) form: Form,
+}
+
+impl ColumnCodes {
+    /// Words and scales of the tokens between each two `offsets`, those of the tensor.
+    pub(crate) fn segments(&self, cols: usize, offsets: &[usize]) -> Vec<(&[f32], &[f32])> {
+        let (mut words, mut scales) = (self.words.as_f32(), &self.scales[..]);
+        let segments = offsets.windows(2).map(|range| {
+            let (here, after, here_scales, after_scales);
+            (here, after) =
+                words.split_at(tile_rows(range).map(|tile| self.form.words(tile.len())).sum::<usize>() * cols);
+            (here_scales, after_scales) = scales.split_at(tile_rows(range).count() * cols);
+            (words, scales) = (after, after_scales);
+            (here, here_scales)
+        });
+        segments.collect()
+    }
 }
 
 /// A layer's input, kept for its weight gradient in as few bytes as the precision needs.
@@ -63,12 +107,12 @@ fn rounded_bf16(x: &Tensor) -> Tensor {
     Tensor::f32(x.shape(), values)
 }
 
-/// The values of `x` `[rows, k]` that the forward product reads, and, if `save`, what the weight gradient will need.
-pub(crate) fn input(x: &Tensor, rounding: Rounding, save: bool) -> (Tensor, Option<Saved>) {
+/// What the forward product reads of `x` `[rows, k]`, and, if `save`, what the weight gradient will need.
+pub(crate) fn input(x: &Tensor, rounding: Rounding, save: bool) -> (Rows, Option<Saved>) {
     let exceptions = rounding.exceptions;
     match rounding.precision {
-        Precision::F32 => (x.clone(), save.then(|| Saved::F32(x.clone()))),
-        Precision::Bf16 if !save => (rounded_bf16(x), None),
+        Precision::F32 => (Rows::Values(x.clone()), save.then(|| Saved::F32(x.clone()))),
+        Precision::Bf16 if !save => (Rows::Values(rounded_bf16(x)), None),
         Precision::Bf16 => {
             let (mut values, mut narrow) = (memory::buffer(x.numel()), vec![bf16::ZERO; x.numel()]);
             (values.par_chunks_mut(CHUNK), narrow.par_chunks_mut(CHUNK), x.as_f32().par_chunks(CHUNK))
@@ -78,31 +122,44 @@ pub(crate) fn input(x: &Tensor, rounding: Rounding, save: bool) -> (Tensor, Opti
                     bfloat::round(Isa::best(), values);
                     bfloat::narrow(Isa::best(), values, narrow);
                 });
-            (Tensor::f32(x.shape(), values), Some(Saved::Bf16(Tensor::bf16(x.shape(), narrow))))
+            (Rows::Values(Tensor::f32(x.shape(), values)), Some(Saved::Bf16(Tensor::bf16(x.shape(), narrow))))
         }
         Precision::Fp8 { format, scales } => {
             let (encoding, scales) = (format.forward(), exceptions.input_scales(scales));
             if save && !exceptions.input_e5m6 {
-                let (values, fp8) = Fp8::round_rows(x, encoding, scales);
-                return (values, Some(Saved::Fp8(fp8)));
+                let form = Form::of_codes(Isa::best());
+                let (words, fp8) = Fp8::round_rows(x, encoding, scales, View::Words(form));
+                let scales = fp8.scales.as_f32().to_vec();
+                return (Rows::Codes { words, scales, form }, Some(Saved::Fp8(fp8)));
             }
-            (rounded_rows(x, encoding, scales), save.then(|| Saved::E5m6(E5m6::quantize_rows(x))))
+            (rows_of_codes(x, encoding, scales), save.then(|| Saved::E5m6(E5m6::quantize_rows(x))))
         }
     }
 }
 
-fn rounded_rows(x: &Tensor, encoding: Encoding, scales: Fp8Scales) -> Tensor {
-    let mut values = memory::buffer(x.numel());
-    let from = x.as_f32();
-    let fill: Fill<'_> = &|range, out| out.copy_from_slice(&from[range]);
-    round_rows(Isa::best(), &mut values, &mut [], &mut [], x.cols(), encoding, scales, fill);
-    Tensor::f32(x.shape(), values)
+/// The values, code · scale where there are codes, that stand for `x` in a product.
+pub(crate) fn input_values(x: &Tensor, rounding: Rounding) -> Tensor {
+    match rounding.precision {
+        Precision::F32 => x.clone(),
+        Precision::Bf16 => rounded_bf16(x),
+        Precision::Fp8 { format, scales } => {
+            let scales = rounding.exceptions.input_scales(scales);
+            let rule = Rule { encoding: format.forward(), scales, view: View::Values };
+            Tensor::f32(x.shape(), words_of_rows(x, rule, &mut []).0)
+        }
+    }
 }
 
-/// The values of a saved input that the weight gradient reads.
-pub(crate) fn saved_columns(saved: &Saved, rounding: Rounding, offsets: &[usize]) -> Tensor {
+fn rows_of_codes(x: &Tensor, encoding: Encoding, scales: Fp8Scales) -> Rows {
+    let form = Form::of_codes(Isa::best());
+    let (words, scales) = words_of_rows(x, Rule { encoding, scales, view: View::Words(form) }, &mut []);
+    Rows::Codes { words: Tensor::f32(&[words.len()], words), scales, form }
+}
+
+/// What the weight gradient reads of a saved input.
+pub(crate) fn saved_columns(saved: &Saved, rounding: Rounding, offsets: &[usize]) -> Columns {
     let Precision::Fp8 { format, scales } = rounding.precision else {
-        return saved_plain(saved);
+        return Columns::Values(saved_plain(saved));
     };
     let (isa, encoding) = (Isa::best(), format.forward());
     let scales = rounding.exceptions.input_scales(scales);
@@ -110,15 +167,18 @@ pub(crate) fn saved_columns(saved: &Saved, rounding: Rounding, offsets: &[usize]
         Saved::Fp8(x) => {
             let cols = x.codes.cols();
             let fill: Fill<'_> = &|range, out| decode_rows(isa, x, range.start / cols, out);
-            columns(x.codes.shape(), offsets, encoding, scales, fill)
+            columns(x.codes.shape(), offsets, encoding, scales, Source::Computed(fill))
         }
         Saved::E5m6(x) => {
             let cols = x.shape().last().copied().unwrap_or(1);
             let fill: Fill<'_> = &|range, out| x.decode_rows(isa, range.start / cols, out);
-            columns(x.shape(), offsets, encoding, Fp8Scales::Ue8m0, fill)
+            columns(x.shape(), offsets, encoding, Fp8Scales::Ue8m0, Source::Computed(fill))
         }
-        Saved::Swiglu(x) => columns(x.shape(), offsets, encoding, scales, &|range, out| x.output(range, out)),
-        Saved::F32(_) | Saved::Bf16(_) => saved_plain(saved),
+        Saved::Swiglu(x) => {
+            let fill: Fill<'_> = &|range, out| x.output(range, out);
+            columns(x.shape(), offsets, encoding, scales, Source::Computed(fill))
+        }
+        Saved::F32(_) | Saved::Bf16(_) => Columns::Values(saved_plain(saved)),
     }
 }
 
@@ -141,42 +201,41 @@ fn saved_plain(saved: &Saved) -> Tensor {
     }
 }
 
-/// What `fill` gives, `[rows, cols]`, rounded in tiles of 128 rows by one column.
-fn columns(shape: &[usize], offsets: &[usize], encoding: Encoding, scales: Fp8Scales, fill: Fill<'_>) -> Tensor {
-    let mut values = memory::buffer(shape.iter().product());
-    let cols = shape.last().copied().unwrap_or(1);
-    round_columns(Isa::best(), &mut values, &mut [], cols, offsets, encoding, scales, fill);
-    Tensor::f32(shape, values)
+/// `source`, `[rows, cols]`, rounded in tiles of 128 rows by one column.
+fn columns(shape: &[usize], offsets: &[usize], encoding: Encoding, scales: Fp8Scales, source: Source<'_>) -> Columns {
+    let (cols, form) = (shape.last().copied().unwrap_or(1), Form::of_codes(Isa::best()));
+    let rule = Rule { encoding, scales, view: View::Words(form) };
+    let (words, scales) = words_of_columns(source, cols, offsets, rule, &mut []);
+    Columns::Codes(ColumnCodes { words: Tensor::f32(&[words.len()], words), scales, form })
 }
 
-/// The values of `dy` `[rows, n]` that the input gradient reads.
-pub(crate) fn gradient_rows(dy: &Tensor, rounding: Rounding) -> Tensor {
+/// What the input gradient reads of `dy` `[rows, n]`.
+pub(crate) fn gradient_rows(dy: &Tensor, rounding: Rounding) -> Rows {
     match rounding.precision {
-        Precision::F32 => dy.clone(),
-        Precision::Bf16 => rounded_bf16(dy),
+        Precision::F32 => Rows::Values(dy.clone()),
+        Precision::Bf16 => Rows::Values(rounded_bf16(dy)),
         Precision::Fp8 { format, scales } => {
-            rounded_rows(dy, format.backward(), rounding.exceptions.gradient_scales(scales))
+            rows_of_codes(dy, format.backward(), rounding.exceptions.gradient_scales(scales))
         }
     }
 }
 
-/// The values of `dy` `[rows, n]` that the weight gradient reads.
-/// `dy` is what [`gradient_to_keep`] kept.
-pub(crate) fn gradient_columns(dy: &Tensor, rounding: Rounding, offsets: &[usize]) -> Tensor {
+/// What the weight gradient reads of `dy` `[rows, n]`, which is what [`gradient_to_keep`] kept.
+pub(crate) fn gradient_columns(dy: &Tensor, rounding: Rounding, offsets: &[usize]) -> Columns {
     match rounding.precision {
         // Rounded for the input gradient already.
-        Precision::F32 | Precision::Bf16 => dy.clone(),
+        Precision::F32 | Precision::Bf16 => Columns::Values(dy.clone()),
         Precision::Fp8 { format, scales } => {
-            let (from, scales) = (dy.as_f32(), rounding.exceptions.gradient_scales(scales));
-            columns(dy.shape(), offsets, format.backward(), scales, &|range, out| out.copy_from_slice(&from[range]))
+            let scales = rounding.exceptions.gradient_scales(scales);
+            columns(dy.shape(), offsets, format.backward(), scales, Source::Plain(dy.as_f32()))
         }
     }
 }
 
 /// What the weight gradient is computed from: `dy` itself, or the rounded `rows` where that rounding serves both products.
-pub(crate) fn gradient_to_keep(dy: Tensor, rows: Tensor, precision: Precision) -> Tensor {
-    match precision {
-        Precision::F32 | Precision::Bf16 => rows,
-        Precision::Fp8 { .. } => dy,
+pub(crate) fn gradient_to_keep(dy: Tensor, rows: Rows) -> Tensor {
+    match rows {
+        Rows::Values(values) => values,
+        Rows::Codes { .. } => dy,
     }
 }

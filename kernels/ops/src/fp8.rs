@@ -14,12 +14,14 @@ mod tiles;
 
 use std::sync::Arc;
 
-pub(crate) use codec::decode_run;
+pub(crate) use codec::{decode_run, pairs_across, pairs_along};
 pub use e5m6::E5m6;
 pub use exceptions::Exceptions;
 use tiles::round_blocks;
-pub(crate) use tiles::{Fill, decode_rows, round_columns, round_rows};
+pub(crate) use tiles::{Fill, Rule, Source, View, decode_rows, tile_rows};
+use tiles::{Rounded, round_columns, round_rows};
 
+use crate::gemm::Form;
 use crate::isa::Isa;
 use crate::{Tensor, memory};
 
@@ -127,27 +129,51 @@ pub struct Fp8 {
     pub offsets: Arc<[usize]>,
 }
 
+/// Words and scales of `x` `[.., cols]` in tiles of one row by 128 columns; `codes` may be empty.
+pub(crate) fn words_of_rows(x: &Tensor, rule: Rule, codes: &mut [u8]) -> (Vec<f32>, Vec<f32>) {
+    let (cols, rows) = (x.cols(), x.numel() / x.cols().max(1));
+    let mut words = memory::buffer(rows * rule.view.words(cols));
+    let mut scales = vec![0.0; rows * cols.div_ceil(TILE)];
+    let out = Rounded { words: &mut words, codes, scales: &mut scales };
+    round_rows(Isa::best(), Source::Plain(x.as_f32()), rows, cols, rule, out);
+    (words, scales)
+}
+
+/// Words and scales of `source` `[rows, cols]` in tiles of 128 rows by one column; `codes` may be empty.
+pub(crate) fn words_of_columns(
+    source: Source<'_>,
+    cols: usize,
+    offsets: &[usize],
+    rule: Rule,
+    codes: &mut [u8],
+) -> (Vec<f32>, Vec<f32>) {
+    let word_rows: usize = tile_rows(offsets).map(|range| rule.view.words(range.len())).sum();
+    let mut words = memory::buffer(word_rows * cols);
+    let mut scales = vec![0.0; tile_rows(offsets).count() * cols];
+    let out = Rounded { words: &mut words, codes, scales: &mut scales };
+    round_columns(Isa::best(), source, cols, offsets, rule, out);
+    (words, scales)
+}
+
 impl Fp8 {
     /// Quantises `x` `[.., cols]` in tiles of one row by 128 columns.
     ///
     /// # Panics
     /// When `x` is not F32.
     pub fn quantize_rows(x: &Tensor, encoding: Encoding, scales: Fp8Scales) -> Self {
-        Self::round_rows(x, encoding, scales).1
+        Self::round_rows(x, encoding, scales, View::Words(Form::F32)).1
     }
 
-    /// As [`Fp8::quantize_rows`], with the dequantised values.
-    pub(crate) fn round_rows(x: &Tensor, encoding: Encoding, scales: Fp8Scales) -> (Tensor, Self) {
-        let (x_values, cols) = (x.as_f32(), x.cols());
+    /// As [`Fp8::quantize_rows`], with what a product reads.
+    pub(crate) fn round_rows(x: &Tensor, encoding: Encoding, scales: Fp8Scales, view: View) -> (Tensor, Self) {
+        let cols = x.cols();
+        let rows = x.numel() / cols.max(1);
+        let mut codes = vec![0; x.numel()];
+        let (words, factors) = words_of_rows(x, Rule { encoding, scales, view }, &mut codes);
         let mut factor_shape = x.shape().to_vec();
         if let Some(last) = factor_shape.last_mut() {
             *last = cols.div_ceil(TILE);
         }
-        let mut values = memory::buffer(x.numel());
-        let mut codes = vec![0; x.numel()];
-        let mut factors = vec![0.0; factor_shape.iter().product()];
-        let fill: Fill<'_> = &|range, out| out.copy_from_slice(&x_values[range]);
-        round_rows(Isa::best(), &mut values, &mut codes, &mut factors, cols, encoding, scales, fill);
         let fp8 = Self {
             codes: Tensor::u8(x.shape(), codes),
             scales: Tensor::f32(&factor_shape, factors),
@@ -155,7 +181,7 @@ impl Fp8 {
             encoding,
             offsets: Arc::new([]),
         };
-        (Tensor::f32(x.shape(), values), fp8)
+        (Tensor::f32(&[rows, view.words(cols)], words), fp8)
     }
 
     /// Quantises `x` `[rows, cols]` in tiles of 128 rows by one column. `offsets` bound the row segments (experts) at
@@ -164,12 +190,12 @@ impl Fp8 {
     /// # Panics
     /// When `x` is not F32 or `offsets` do not run from 0 to its row count.
     pub fn quantize_columns(x: &Tensor, offsets: &Arc<[usize]>, encoding: Encoding, scales: Fp8Scales) -> Self {
-        let (x_values, cols) = (x.as_f32(), x.cols());
-        let mut values = memory::buffer(x.numel());
+        let (cols, rows) = (x.cols(), x.numel() / x.cols().max(1));
+        assert!(offsets.first() == Some(&0) && offsets.last() == Some(&rows), "offsets must run from 0 to {rows}");
         let mut codes = vec![0; x.numel()];
-        let fill: Fill<'_> = &|range, out| out.copy_from_slice(&x_values[range]);
-        let factors = round_columns(Isa::best(), &mut values, &mut codes, cols, offsets, encoding, scales, fill);
-        memory::give_back(values);
+        let rule = Rule { encoding, scales, view: View::Words(Form::F32) };
+        let (words, factors) = words_of_columns(Source::Plain(x.as_f32()), cols, offsets, rule, &mut codes);
+        memory::give_back(words);
         Self {
             codes: Tensor::u8(x.shape(), codes),
             scales: Tensor::f32(&[factors.len() / cols.max(1), cols], factors),

@@ -5,6 +5,7 @@
 //! threads, packing and the instruction set only decide when an output is computed. B is read in panels of
 //! [`PANEL`] columns, packed from whatever encoding it has.
 
+mod codes;
 mod few;
 mod kernel;
 mod pack;
@@ -13,6 +14,7 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
+pub(crate) use codes::{CodeProduct, Form, RowScales, Scaled, pair, run_codes};
 pub(crate) use few::Elements;
 pub(crate) use pack::{Right, transpose_panel};
 
@@ -76,8 +78,8 @@ pub(crate) struct Product<'a> {
 
 /// One product in the calling thread.
 pub(crate) fn run_serial(mut product: Product<'_>) {
-    let (m, n) = (product.m, product.n);
-    tile(Isa::best(), &check(&mut product), 0..m, 0..n);
+    let checked = check(&mut product);
+    tile(Isa::best(), &checked, 0..checked.m, 0..checked.n);
 }
 
 /// `c[m, n] (+)= a[m, k] · b[k, n]` on the threads of the current rayon pool when the product is worth it. `c` is
@@ -98,7 +100,11 @@ pub(crate) fn gemm(
 /// A product whose sizes were checked, with C as a pointer so that tiles of it can be written from several threads.
 #[derive(Clone, Copy)]
 struct Checked<'a> {
+    m: usize,
+    n: usize,
     k: usize,
+    form: Form,
+    row_scales: Option<RowScales<'a>>,
     a: Mat<'a>,
     b: &'a dyn Right,
     c: *mut f32,
@@ -120,33 +126,34 @@ fn check<'a>(product: &'a mut Product<'_>) -> Checked<'a> {
     assert!(b.holds(*k, n), "gemm: B has too few elements for {k} x {n}");
     assert!(m == 0 || n == 0 || (m - 1) * *c_stride + n <= c.len(), "gemm: C has too few elements for {m} x {n}");
     assert!(m <= 1 || n <= *c_stride, "gemm: rows of C overlap");
-    Checked { k: *k, a: *a, b: *b, c: c.as_mut_ptr(), c_stride: *c_stride, accumulate: *accumulate }
+    let (a, b, c) = (*a, *b, c.as_mut_ptr());
+    Checked { m, n, k: *k, form: Form::F32, row_scales: None, a, b, c, c_stride: *c_stride, accumulate: *accumulate }
 }
 
 /// Runs independent products, tiles of all of them in parallel.
 pub(crate) fn run(isa: Isa, products: &mut [Product<'_>]) {
-    let cost = |p: &Product<'_>| p.m.max(4) * p.n * p.k;
+    run_checked(isa, &products.iter_mut().map(check).collect::<Vec<_>>());
+}
+
+fn run_checked(isa: Isa, products: &[Checked<'_>]) {
+    let cost = |p: &Checked<'_>| p.m.max(4) * p.n * p.k;
     let total: usize = products.iter().map(cost).sum();
     let threads = rayon::current_num_threads();
     if threads == 1 || total <= SERIAL_MADDS_MAX {
-        for p in products.iter_mut() {
-            let (m, n) = (p.m, p.n);
-            tile(isa, &check(p), 0..m, 0..n);
-        }
+        products.iter().for_each(|p| tile(isa, p, 0..p.m, 0..p.n));
         return;
     }
     let mut tasks = Vec::new();
-    for p in products.iter_mut() {
+    for p in products {
         let wanted = (threads * 4 * cost(p)).div_ceil(total).max(1);
         let (m, n) = (p.m, p.n);
         let row_parts = wanted.min(m.div_ceil(64)).max(1);
         let col_parts = wanted.div_ceil(row_parts).min(n.div_ceil(PANEL)).max(1);
         let rows_each = m.div_ceil(row_parts).next_multiple_of(8);
         let cols_each = n.div_ceil(col_parts).next_multiple_of(PANEL);
-        let checked = check(p);
         for row in (0..m).step_by(rows_each) {
             for col in (0..n).step_by(cols_each) {
-                tasks.push((checked, row..(row + rows_each).min(m), col..(col + cols_each).min(n)));
+                tasks.push((*p, row..(row + rows_each).min(m), col..(col + cols_each).min(n)));
             }
         }
     }
@@ -164,7 +171,7 @@ fn tile(isa: Isa, p: &Checked<'_>, rows: Range<usize>, cols: Range<usize>) {
         return;
     }
     let few = |elements: &Elements<'_>| {
-        rows.len() <= FEW_ROWS && p.a.col_stride == 1 && few::has_kernel(isa, *elements, false)
+        rows.len() <= FEW_ROWS && p.a.col_stride == 1 && few::has_kernel(isa, *elements, p.form == Form::Pairs)
     };
     if let Some(elements) = p.b.prepacked().filter(few) {
         return few_rows(p, elements, rows, cols);
@@ -174,8 +181,8 @@ fn tile(isa: Isa, p: &Checked<'_>, rows: Range<usize>, cols: Range<usize>) {
     scratch::with_f32(group * BLOCK_K, |packed_b| {
         for col in cols.clone().step_by(group) {
             let group_cols = col..(col + group).min(cols.end);
-            for block in (0..p.k).step_by(BLOCK_K) {
-                let ks = block..(block + BLOCK_K).min(p.k);
+            for block in (0..p.k).step_by(p.form.block()) {
+                let ks = block..(block + p.form.block()).min(p.k);
                 panels(isa, p, rows.clone(), group_cols.clone(), ks, packed_b);
             }
         }
@@ -185,15 +192,20 @@ fn tile(isa: Isa, p: &Checked<'_>, rows: Range<usize>, cols: Range<usize>) {
 /// [`tile`] for few rows of a prepacked weight: panel after panel, as they lie.
 #[allow(unsafe_code)]
 fn few_rows(p: &Checked<'_>, elements: Elements<'_>, rows: Range<usize>, cols: Range<usize>) {
+    // An odd k ends with half a word, which holds a zero, and so does the panel.
+    let k = if p.form == Form::Pairs { 2 * p.k } else { p.k };
+    let (scales, scale_strides) = match p.row_scales {
+        None => (std::ptr::null(), (0, 0)),
+        Some(scales) => (scales.from(rows.start, 0).as_ptr(), (scales.row_stride, scales.block_stride)),
+    };
     for col in cols.clone().step_by(PANEL) {
         let a = p.a.data[rows.start * p.a.row_stride..].as_ptr();
-        let (scales, scale_strides) = (std::ptr::null(), (0, 0));
         let call = few::Rows { a, stride: p.a.row_stride, scales, scale_strides, count: rows.len() };
         // SAFETY: `check` proved that C holds these rows and columns, and A the rows; this tile belongs to this call.
         unsafe {
             let c = p.c.add(rows.start * p.c_stride + col);
             let out = few::Out { c, stride: p.c_stride, cols: PANEL.min(cols.end - col), add: p.accumulate };
-            few::panel(elements, col / PANEL, p.k, call, out);
+            few::panel(elements, col / PANEL, k, call, out);
         }
     }
 }
@@ -216,6 +228,12 @@ fn panels(isa: Isa, p: &Checked<'_>, rows: Range<usize>, cols: Range<usize>, ks:
             }
         };
     }
+    let mut col_scales = [[1.0; PANEL]; GROUP_PANELS];
+    if p.row_scales.is_some() {
+        for (out, col) in col_scales.iter_mut().zip(cols.clone().step_by(PANEL)) {
+            p.b.scales(ks.start / p.form.block(), col..(col + PANEL).min(cols.end), out);
+        }
+    }
     let step = kernel::rows_per_call(isa);
     let packs_a = p.a.col_stride != 1;
     let pack_len = if packs_a { BLOCK_M * BLOCK_K } else { 0 };
@@ -225,7 +243,7 @@ fn panels(isa: Isa, p: &Checked<'_>, rows: Range<usize>, cols: Range<usize>, ks:
             if packs_a {
                 pack::left(p.a, block.clone(), ks.clone(), step, packed_a);
             }
-            for (view, col) in views.iter().zip(cols.clone().step_by(PANEL)) {
+            for ((view, col), scales) in views.iter().zip(cols.clone().step_by(PANEL)).zip(&col_scales) {
                 for row in block.clone().step_by(step) {
                     let (a, row_stride, col_stride) = if packs_a {
                         (packed_a[(row - first) * ks.len()..].as_ptr(), 1, step)
@@ -243,10 +261,15 @@ fn panels(isa: Isa, p: &Checked<'_>, rows: Range<usize>, cols: Range<usize>, ks:
                         c: unsafe { p.c.add(row * p.c_stride + col) },
                         c_stride: p.c_stride,
                         add,
+                        scales: p.row_scales.map(|rows| kernel::Scales {
+                            rows: rows.from(row, ks.start / p.form.block()).as_ptr(),
+                            row_stride: rows.row_stride,
+                            cols: scales.as_ptr(),
+                        }),
                     };
                     // SAFETY: A holds the rows and the K block by `check`; the view of B holds `ks.len()` rows of a panel;
                     // C holds the rows and columns, and no other thread touches this tile.
-                    unsafe { kernel::run(isa, call, step.min(block.end - row), PANEL.min(cols.end - col)) };
+                    unsafe { kernel::run(isa, p.form, call, step.min(block.end - row), PANEL.min(cols.end - col)) };
                 }
             }
         }

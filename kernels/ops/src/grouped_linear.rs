@@ -7,11 +7,12 @@
 
 use std::sync::Arc;
 
-use crate::activation::{self, Saved};
-use crate::gemm::{self, Mat, Product};
+use crate::activation::{self, Columns, Rows, Saved};
+use crate::fp8::TILE;
+use crate::gemm::{self, CodeProduct, Mat, Product, Right, RowScales, Scaled};
 use crate::isa::Isa;
 use crate::swiglu::Cached;
-use crate::weight::Operand;
+use crate::weight::{CodeOperand, Operand};
 use crate::{Back, Grads, Job, Param, ParamId, Tape, Tensor, Var, VarId, Weight, WeightGrads, memory};
 
 /// `[slots, in]` → `[slots, out]`.
@@ -19,8 +20,8 @@ use crate::{Back, Grads, Job, Param, ParamId, Tape, Tensor, Var, VarId, Weight, 
 /// # Panics
 /// When the shapes do not fit.
 pub fn forward(x: &Tensor, offsets: &[usize], w: &Weight) -> Tensor {
-    let (values, _) = activation::input(x, w.rounding(), false);
-    multiply(&values, offsets, w)
+    let (rows, _) = activation::input(x, w.rounding(), false);
+    multiply(x.shape(), &rows, offsets, w)
 }
 
 /// As [`forward`], recorded.
@@ -39,8 +40,8 @@ pub fn on_tape(tape: &mut Tape, x: &Var, offsets: &Arc<[usize]>, w: &Param) -> V
 /// When the shapes do not fit.
 pub fn on_tape_recomputed(tape: &mut Tape, x: &Var, cached: Cached, offsets: &Arc<[usize]>, w: &Param) -> Var {
     assert_eq!(cached.shape(), x.value.shape(), "what is computed again has the shape of the input");
-    let (values, _) = activation::input(&x.value, w.compute.rounding(), false);
-    let mut outputs = record(tape, x, offsets, &[w], &values, Some(Saved::Swiglu(cached)));
+    let (rows, _) = activation::input(&x.value, w.compute.rounding(), false);
+    let mut outputs = record(tape, x, offsets, &[w], &rows, Some(Saved::Swiglu(cached)));
     outputs.swap_remove(0)
 }
 
@@ -52,61 +53,96 @@ pub fn on_tape_many(tape: &mut Tape, x: &Var, offsets: &Arc<[usize]>, ws: &[&Par
     let Some(first) = ws.first() else { return Vec::new() };
     let rounding = first.compute.rounding();
     assert!(ws.iter().all(|w| w.compute.rounding() == rounding), "weights that share an input round it differently");
-    let (values, saved) = activation::input(&x.value, rounding, tape.is_recording());
-    record(tape, x, offsets, ws, &values, saved)
+    let (rows, saved) = activation::input(&x.value, rounding, tape.is_recording());
+    record(tape, x, offsets, ws, &rows, saved)
 }
 
-/// The outputs of `x`, rounded to `values`, and the backward pass if something was saved for it.
+/// The outputs of `x`, which rounds to `rows`, and the backward pass if something was saved for it.
 fn record(
     tape: &mut Tape,
     x: &Var,
     offsets: &Arc<[usize]>,
     ws: &[&Param],
-    values: &Tensor,
+    rows: &Rows,
     saved: Option<Saved>,
 ) -> Vec<Var> {
-    let outputs: Vec<Var> = ws.iter().map(|w| tape.leaf(multiply(values, offsets, &w.compute))).collect();
+    let shape = x.value.shape();
+    let outputs: Vec<Var> = ws.iter().map(|w| tape.leaf(multiply(shape, rows, offsets, &w.compute))).collect();
     if let Some(saved) = saved {
         let outputs = outputs.iter().zip(ws).map(|(y, w)| (y.id(), w.id, w.compute.clone())).collect();
-        let (x, shape, offsets) = (x.id(), x.value.shape().to_vec(), offsets.clone());
+        let (x, shape, offsets) = (x.id(), shape.to_vec(), offsets.clone());
         tape.record(|| Box::new(Backward { x, shape, saved, offsets, outputs }));
     }
     outputs
 }
 
-fn check(x: &Tensor, offsets: &[usize], w: &Weight) {
-    let (rows, experts) = (x.numel() / x.cols().max(1), w.count());
-    assert_eq!(x.cols(), w.inputs(), "linear: input {:?}, weight {:?}", x.shape(), w.shape());
+fn check(shape: &[usize], offsets: &[usize], w: &Weight) {
+    let (cols, experts) = (shape.last().copied().unwrap_or(1), w.count());
+    let rows: usize = shape.iter().rev().skip(1).product();
+    assert_eq!(cols, w.inputs(), "linear: input {shape:?}, weight {:?}", w.shape());
     assert_eq!(offsets.len(), experts + 1, "linear: one offset per expert and one at the end");
     assert!(offsets[0] == 0 && offsets[experts] == rows && offsets.is_sorted(), "linear: offsets must run to {rows}");
 }
 
-/// y = x·wᵀ on values that are rounded already, or never.
-pub(crate) fn multiply(x: &Tensor, offsets: &[usize], w: &Weight) -> Tensor {
-    check(x, offsets, w);
+/// y = x·wᵀ of what `x` of `shape` rounds to.
+pub(crate) fn multiply(shape: &[usize], x: &Rows, offsets: &[usize], w: &Weight) -> Tensor {
+    check(shape, offsets, w);
     let (n, k) = (w.outputs(), w.inputs());
-    let mut shape = x.shape().to_vec();
+    let mut shape = shape.to_vec();
     *shape.last_mut().expect("a linear input has columns") = n;
     let mut y = memory::buffer(shape.iter().product());
-    let operands: Vec<_> = (0..w.count()).map(|e| Operand::forward(w, e)).collect();
-    rows_times(x.as_f32(), offsets, &operands, n, k, &mut y, false);
+    rows_times(x, offsets, w, true, [n, k], &mut y, false);
     Tensor::f32(&shape, y)
 }
 
-/// `c[rows of e] (+)= a[rows of e] · b[e]` for every expert e; `a` is `[slots, k]`, `c` `[slots, n]`.
-fn rows_times(a: &[f32], offsets: &[usize], b: &[Operand<'_>], n: usize, k: usize, c: &mut [f32], accumulate: bool) {
-    let mut products = Vec::with_capacity(b.len());
-    let mut rest = c;
-    for (range, b) in offsets.windows(2).zip(b) {
-        let m = range[1] - range[0];
-        let (c, after) = rest.split_at_mut(m * n);
-        rest = after;
-        if m > 0 {
-            let a = Mat::rows(&a[range[0] * k..range[1] * k], k);
-            products.push(Product { m, n, k, a, b, c, c_stride: n, accumulate });
+/// `c[rows of e] (+)= a[rows of e] · b[e]` for every expert e, where b is `w`, `transposed` or not; `a` is `[slots, k]`,
+/// `c` `[slots, n]`.
+fn rows_times(
+    a: &Rows,
+    offsets: &[usize],
+    w: &Weight,
+    transposed: bool,
+    [n, k]: [usize; 2],
+    c: &mut [f32],
+    accumulate: bool,
+) {
+    let isa = Isa::best();
+    match a {
+        Rows::Values(values) => {
+            let of = if transposed { Operand::forward } else { Operand::backward };
+            let b: Vec<_> = (0..w.count()).map(|e| of(w, e)).collect();
+            let products = products(values.as_f32(), offsets, &b, [n, k], c, accumulate).map(|(_, product)| product);
+            gemm::run(isa, &mut products.collect::<Vec<_>>());
+        }
+        Rows::Codes { words, scales, form } => {
+            let b: Vec<_> = (0..w.count()).map(|e| CodeOperand::new(w, e, transposed, *form)).collect();
+            let (words, tiles) = (words.as_f32(), k.div_ceil(TILE));
+            let products = products(words, offsets, &b, [n, form.words(k)], c, accumulate).map(|(row, product)| {
+                let row_scales = RowScales { data: &scales[row * tiles..], row_stride: tiles, block_stride: 1 };
+                CodeProduct { product, form: *form, row_scales }
+            });
+            gemm::run_codes(isa, &mut products.collect::<Vec<_>>());
         }
     }
-    gemm::run(Isa::best(), &mut products);
+}
+
+/// The products of [`rows_times`] that have any row, with their first one.
+fn products<'a, B: Right>(
+    a: &'a [f32],
+    offsets: &'a [usize],
+    b: &'a [B],
+    [n, k]: [usize; 2],
+    c: &'a mut [f32],
+    accumulate: bool,
+) -> impl Iterator<Item = (usize, Product<'a>)> {
+    let mut rest = c;
+    offsets.windows(2).zip(b).filter_map(move |(range, b)| {
+        let m = range[1] - range[0];
+        let (c, after) = std::mem::take(&mut rest).split_at_mut(m * n);
+        rest = after;
+        let a = Mat::rows(&a[range[0] * k..range[1] * k], k);
+        (m > 0).then_some((range[0], Product { m, n, k, a, b, c, c_stride: n, accumulate }))
+    })
 }
 
 struct Backward {
@@ -132,9 +168,8 @@ impl Back for Backward {
         let mut dx = memory::buffer(shape.iter().product());
         for (i, (dy, _, w)) in arrived.iter_mut().enumerate() {
             let rows = activation::gradient_rows(dy, w.rounding());
-            let operands: Vec<_> = (0..w.count()).map(|e| Operand::backward(w, e)).collect();
-            rows_times(rows.as_f32(), &offsets, &operands, w.inputs(), w.outputs(), &mut dx, i > 0);
-            *dy = activation::gradient_to_keep(dy.clone(), rows, w.precision());
+            rows_times(&rows, &offsets, w, false, [w.inputs(), w.outputs()], &mut dx, i > 0);
+            *dy = activation::gradient_to_keep(dy.clone(), rows);
         }
         grads.add(x, Tensor::f32(&shape, dx));
         Some(Job::new(move |weights| weight_gradients(&saved, &offsets, arrived, weights)))
@@ -156,18 +191,39 @@ fn weight_gradients(
     let x = activation::saved_columns(saved, first.rounding(), offsets);
     for (dy, id, w) in arrived {
         let dy = activation::gradient_columns(&dy, w.rounding(), offsets);
-        let (n, k) = (w.outputs(), w.inputs());
         let slot = weights.slot(id, w.shape());
-        let xs: Vec<_> = offsets.windows(2).map(|r| Mat::rows(&x.as_f32()[r[0] * k..r[1] * k], k)).collect();
-        let mut products = Vec::with_capacity(xs.len());
-        for ((range, b), c) in offsets.windows(2).zip(&xs).zip(slot.chunks_mut(n * k)) {
-            let tokens = range[1] - range[0];
-            if tokens > 0 {
-                let a = Mat::transposed(&dy.as_f32()[range[0] * n..range[1] * n], n);
-                products.push(Product { m: n, n: k, k: tokens, a, b, c, c_stride: k, accumulate: true });
-            }
+        columns_times(&dy, &x, offsets, [w.outputs(), w.inputs()], slot);
+    }
+}
+
+/// `c[e] += aᵀ·b` over the tokens of every expert e; `a` is `[tokens, n]`, `b` `[tokens, k]`, `c` `[experts, n, k]`.
+fn columns_times(a: &Columns, b: &Columns, offsets: &[usize], [n, k]: [usize; 2], c: &mut [f32]) {
+    let experts = offsets.windows(2).zip(c.chunks_mut(n * k)).filter(|(range, _)| range[1] > range[0]);
+    match (a, b) {
+        (Columns::Values(a), Columns::Values(b)) => {
+            let (a, b) = (a.as_f32(), b.as_f32());
+            let bs: Vec<_> = offsets.windows(2).map(|r| Mat::rows(&b[r[0] * k..r[1] * k], k)).collect();
+            let bs = bs.iter().zip(offsets.windows(2)).filter(|(_, range)| range[1] > range[0]);
+            let products = experts.zip(bs).map(|((range, c), (b, _))| {
+                let a = Mat::transposed(&a[range[0] * n..range[1] * n], n);
+                Product { m: n, n: k, k: range[1] - range[0], a, b, c, c_stride: k, accumulate: true }
+            });
+            gemm::run(Isa::best(), &mut products.collect::<Vec<_>>());
         }
-        gemm::run(Isa::best(), &mut products);
+        (Columns::Codes(a), Columns::Codes(b)) => {
+            let form = a.form;
+            let bs = b.segments(k, offsets).into_iter();
+            let bs: Vec<_> = bs.map(|(words, scales)| Scaled { words: Mat::rows(words, k), scales, n: k }).collect();
+            let pairs = a.segments(n, offsets).into_iter().zip(&bs).filter(|((a, _), _)| !a.is_empty());
+            let products = experts.zip(pairs).map(|((_, c), ((words, scales), b))| {
+                let (m, tokens, a) = (n, words.len() / n, Mat::transposed(words, n));
+                let product = Product { m, n: k, k: tokens, a, b, c, c_stride: k, accumulate: true };
+                let row_scales = RowScales { data: scales, row_stride: 1, block_stride: n };
+                CodeProduct { product, form, row_scales }
+            });
+            gemm::run_codes(Isa::best(), &mut products.collect::<Vec<_>>());
+        }
+        _ => unreachable!("input and gradient of one layer are rounded alike"),
     }
 }
 

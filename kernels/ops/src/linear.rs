@@ -4,7 +4,8 @@
 
 use std::sync::Arc;
 
-use crate::{Param, Tape, Tensor, Var, Weight, activation, grouped_linear};
+use crate::activation::{self, Rows};
+use crate::{Param, Tape, Tensor, Var, Weight, grouped_linear};
 
 fn one_group(x: &Tensor) -> [usize; 2] {
     [0, x.numel() / x.cols().max(1)]
@@ -21,7 +22,7 @@ pub fn forward(x: &Tensor, w: &Weight) -> Tensor {
 /// The values that a product of `x` with `w` reads: `x` rounded as the precision of `w` says, each row by itself. A form of
 /// the product that associates otherwise starts from these.
 pub fn rounded_input(x: &Tensor, w: &Weight) -> Tensor {
-    activation::input(x, w.rounding(), false).0
+    activation::input_values(x, w.rounding())
 }
 
 /// As [`forward`], but `x` is not rounded whatever the weight's precision: logits from a BF16 head.
@@ -29,7 +30,7 @@ pub fn rounded_input(x: &Tensor, w: &Weight) -> Tensor {
 /// # Panics
 /// When the shapes do not fit.
 pub fn forward_unrounded(x: &Tensor, w: &Weight) -> Tensor {
-    grouped_linear::multiply(x, &one_group(x), w)
+    grouped_linear::multiply(x.shape(), &Rows::Values(x.clone()), &one_group(x), w)
 }
 
 /// As [`forward`], recorded.

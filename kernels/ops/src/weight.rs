@@ -6,9 +6,11 @@
 //!
 //! Invariant: products, [`Weight::dequantize`] and [`Weight::fp8_parts`] give the same bits in either layout.
 
+mod codes;
 mod layout;
 mod operand;
 
+pub(crate) use codes::CodeOperand;
 pub(crate) use layout::panel_len;
 pub(crate) use operand::Operand;
 
@@ -28,7 +30,7 @@ pub enum Precision {
     F32,
     /// Operands rounded to BF16, product in f32.
     Bf16,
-    /// Operands in block-scaled FP8, product of the dequantised values in f32.
+    /// Operands in block-scaled FP8; sums of 128 products of codes, scaled as they are added up in f32.
     Fp8 {
         /// Format of weights, activations and gradients.
         #[serde(default)]
@@ -54,7 +56,7 @@ pub struct Weight {
     layout: Layout,
     /// F32, Bf16, or U8 codes, by precision; flat in the panel layout.
     elements: Tensor,
-    /// F32 scales of FP8 codes, `[.., ⌈out/128⌉, ⌈in/128⌉]`.
+    /// F32 scales of FP8 codes, `[.., ⌈out/128⌉, ⌈in/128⌉]`; without them codes decode at scale 1 (`codes.rs`).
     scales: Option<Tensor>,
 }
 
@@ -218,10 +220,11 @@ impl Weight {
             DType::F32 => out.copy_from_slice(&self.elements.as_f32()[at..at + out.len()]),
             DType::Bf16 => bfloat::widen(isa, &self.elements.as_bf16()[at..at + out.len()], out),
             _ => {
-                let across = self.inputs().div_ceil(TILE);
-                let down = self.outputs().div_ceil(TILE);
-                let scales = self.scales.as_ref().map_or(&[][..], Tensor::as_f32);
-                let scale = scales[(matrix * down + row / TILE) * across + col / TILE];
+                let scale = self.scales.as_ref().map_or(1.0, |scales| {
+                    let across = self.inputs().div_ceil(TILE);
+                    let down = self.outputs().div_ceil(TILE);
+                    scales.as_f32()[(matrix * down + row / TILE) * across + col / TILE]
+                });
                 fp8::decode_run(isa, &self.elements.as_u8()[at..at + out.len()], self.encoding(), scale, out);
             }
         }

@@ -6,6 +6,7 @@
 //! Branch-free, so that loops over a tile vectorise. The test holds every BF16 input to a plain search.
 
 use super::Encoding;
+use crate::gemm::pair;
 use crate::isa::simd_fn;
 
 /// One format's constants.
@@ -192,6 +193,55 @@ simd_fn! {
         match encoding {
             Encoding::E4m3 => for ((o, c), s) in out.iter_mut().zip(codes).zip(scales) { *o = value::<E4m3>(*c) * s; },
             Encoding::E5m2 => for ((o, c), s) in out.iter_mut().zip(codes).zip(scales) { *o = value::<E5m2>(*c) * s; },
+        }
+    }
+}
+
+simd_fn! {
+    /// Words of pairs (`gemm/codes.rs`) of neighbouring codes, zero past an odd end; `swapped` says that the second code
+    /// of two is that of the smaller k.
+    pub(crate) fn pairs_along(codes: &[u8], encoding: Encoding, swapped: bool, out: &mut [f32]) {
+        match (encoding, swapped) {
+            (Encoding::E4m3, false) => along::<E4m3, false>(codes, out),
+            (Encoding::E4m3, true) => along::<E4m3, true>(codes, out),
+            (Encoding::E5m2, false) => along::<E5m2, false>(codes, out),
+            (Encoding::E5m2, true) => along::<E5m2, true>(codes, out),
+        }
+    }
+}
+
+#[inline(always)]
+fn along<G: Grid, const SWAPPED: bool>(codes: &[u8], out: &mut [f32]) {
+    let chunks = codes.chunks_exact(2);
+    let last = chunks.remainder().first().copied();
+    for (word, codes) in out.iter_mut().zip(chunks) {
+        let (first, second) = if SWAPPED { (codes[1], codes[0]) } else { (codes[0], codes[1]) };
+        *word = pair(value::<G>(first), value::<G>(second));
+    }
+    if let (Some(code), Some(word)) = (last, out.get_mut(codes.len() / 2)) {
+        *word = pair(value::<G>(code), 0.0);
+    }
+}
+
+simd_fn! {
+    /// Words of pairs of `first`, codes of k, and `second`, codes of k + 1 or none past the end.
+    pub(crate) fn pairs_across(first: &[u8], second: &[u8], encoding: Encoding, out: &mut [f32]) {
+        match encoding {
+            Encoding::E4m3 => across::<E4m3>(first, second, out),
+            Encoding::E5m2 => across::<E5m2>(first, second, out),
+        }
+    }
+}
+
+#[inline(always)]
+fn across<G: Grid>(first: &[u8], second: &[u8], out: &mut [f32]) {
+    if second.is_empty() {
+        for (word, code) in out.iter_mut().zip(first) {
+            *word = pair(value::<G>(*code), 0.0);
+        }
+    } else {
+        for ((word, first), second) in out.iter_mut().zip(first).zip(second) {
+            *word = pair(value::<G>(*first), value::<G>(*second));
         }
     }
 }

@@ -1,7 +1,7 @@
 //! Quantisation of whole matrices: the three tile shapes, in place, in parallel over rows or tiles.
 //!
-//! The rounding functions leave in `values` what a product reads, code · scale, because forward products need the values at once
-//! and the codes only later.
+//! The rounding functions leave what a product reads, words or values, because products need them at once and the codes
+//! only later.
 
 use std::ops::Range;
 
@@ -9,8 +9,9 @@ use rayon::prelude::*;
 
 use super::codec::{amax_bits, decode_lanes, decode_run, max_bits, round_lanes, round_run};
 use super::{Encoding, Fp8, Fp8Scales, TILE, Tile};
+use crate::gemm::{Form, pair};
 use crate::isa::{Isa, simd_fn};
-use crate::memory;
+use crate::{memory, scratch};
 
 /// Columns measured and rounded together; their 128 rows stay in the second-level cache.
 const STRIP: usize = 256;
@@ -52,29 +53,102 @@ fn factors(amax_bits: u32, encoding: Encoding, kind: Fp8Scales) -> (f32, f32) {
     (if empty { 1.0 } else { scale }, if empty { 1.0 } else { inv })
 }
 
-/// Writes the elements of a range to a buffer of its length: where rounding gets its values from.
+/// Writes the elements of a range, whole rows, to a buffer of its length.
 pub(crate) type Fill<'a> = &'a (dyn Fn(Range<usize>, &mut [f32]) + Sync);
 
+/// Where rounding gets its values from.
+#[derive(Clone, Copy)]
+pub(crate) enum Source<'a> {
+    /// Row-major values.
+    Plain(&'a [f32]),
+    /// Values that are computed as they are needed.
+    Computed(Fill<'a>),
+}
+
+impl Source<'_> {
+    /// Calls `work` with the values of a range.
+    fn with<R>(self, range: Range<usize>, work: impl FnOnce(&[f32]) -> R) -> R {
+        match self {
+            Source::Plain(values) => work(&values[range]),
+            Source::Computed(fill) => scratch::with_f32(range.len(), |values| {
+                fill(range, values);
+                work(values)
+            }),
+        }
+    }
+}
+
+/// What rounding leaves besides codes and scales.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum View {
+    /// Values, code · scale.
+    Values,
+    /// Codes as words of a product.
+    Words(Form),
+}
+
+impl View {
+    /// Words of `len` elements along k.
+    pub(crate) fn words(self, len: usize) -> usize {
+        match self {
+            View::Values => len,
+            View::Words(form) => form.words(len),
+        }
+    }
+}
+
+/// Rule by which a matrix is rounded.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Rule {
+    pub(crate) encoding: Encoding,
+    pub(crate) scales: Fp8Scales,
+    pub(crate) view: View,
+}
+
+/// Where a rounded matrix goes.
+pub(crate) struct Rounded<'a> {
+    /// As the rule's view says, k of which runs along the tiles.
+    pub(crate) words: &'a mut [f32],
+    /// `[rows, cols]`, or empty.
+    pub(crate) codes: &'a mut [u8],
+    /// One a tile.
+    pub(crate) scales: &'a mut [f32],
+}
+
+impl<'a> Rounded<'a> {
+    /// Cuts off the first part.
+    fn split(self, words: usize, elements: usize, scales: usize) -> (Self, Self) {
+        let (words, words_after) = self.words.split_at_mut(words);
+        let (codes, codes_after) = self.codes.split_at_mut(if self.codes.is_empty() { 0 } else { elements });
+        let (scales, scales_after) = self.scales.split_at_mut(scales);
+        let after = Self { words: words_after, codes: codes_after, scales: scales_after };
+        (Self { words, codes, scales }, after)
+    }
+}
+
 simd_fn! {
-    /// Rounds rows of `cols` values in tiles of 128 columns; `codes` and `scales` may both be empty.
-    fn rows_body(
-        values: &mut [f32],
-        codes: &mut [u8],
-        scales: &mut [f32],
-        cols: usize,
-        encoding: Encoding,
-        kind: Fp8Scales,
-    ) {
-        let tiles = cols.div_ceil(TILE);
-        for (i, row) in values.chunks_mut(cols).enumerate() {
-            for (tile, run) in row.chunks_mut(TILE).enumerate() {
-                let (scale, inv) = factors(amax_bits(run), encoding, kind);
-                if codes.is_empty() {
-                    round_run(run, &mut [], encoding, inv, scale);
+    /// Rounds rows of `cols` values in tiles of 128 columns.
+    fn rows_body(values: &[f32], out: Rounded<'_>, cols: usize, rule: Rule) {
+        let Rounded { words, codes, scales } = out;
+        let (tiles, width) = (cols.div_ceil(TILE), rule.view.words(cols));
+        let rows = values.chunks(cols).zip(words.chunks_mut(width)).zip(scales.chunks_mut(tiles));
+        for (i, ((row, words), scales)) in rows.enumerate() {
+            let words = words.chunks_mut(rule.view.words(TILE));
+            for (tile, ((source, words), scale)) in row.chunks(TILE).zip(words).zip(scales).enumerate() {
+                let inv;
+                (*scale, inv) = factors(amax_bits(source), rule.encoding, rule.scales);
+                let mut run = [0f32; TILE];
+                run[..source.len()].copy_from_slice(source);
+                let (run, start) = (&mut run, i * cols + tile * TILE);
+                let codes = if codes.is_empty() { &mut [][..] } else { &mut codes[start..start + source.len()] };
+                let factor = if rule.view == View::Values { *scale } else { 1.0 };
+                round_run(&mut run[..source.len()], codes, rule.encoding, inv, factor);
+                if rule.view == View::Words(Form::Pairs) {
+                    for (word, two) in words.iter_mut().zip(run.chunks_exact(2)) {
+                        *word = pair(two[0], two[1]);
+                    }
                 } else {
-                    scales[i * tiles + tile] = scale;
-                    let start = i * cols + tile * TILE;
-                    round_run(run, &mut codes[start..start + run.len()], encoding, inv, scale);
+                    words.copy_from_slice(&run[..source.len()]);
                 }
             }
         }
@@ -86,91 +160,119 @@ pub(super) fn rows_per_task(cols: usize) -> usize {
     (SERIAL_ELEMENTS_MAX / cols.max(1)).max(1)
 }
 
-/// Fills `values` `[rows, cols]` and rounds them in tiles of one row by 128 columns. `codes` and `scales`
-/// `[rows, ⌈cols/128⌉]` may both be empty.
-pub(crate) fn round_rows(
-    isa: Isa,
-    values: &mut [f32],
-    codes: &mut [u8],
-    scales: &mut [f32],
-    cols: usize,
-    encoding: Encoding,
-    kind: Fp8Scales,
-    fill: Fill<'_>,
-) {
-    if values.is_empty() {
+/// Rounds `source` `[rows, cols]` in tiles of one row by 128 columns; scales are `[rows, ⌈cols/128⌉]`.
+pub(crate) fn round_rows(isa: Isa, source: Source<'_>, rows: usize, cols: usize, rule: Rule, out: Rounded<'_>) {
+    if rows * cols == 0 {
         return;
     }
-    let tiles = cols.div_ceil(TILE);
+    let (tiles, width) = (cols.div_ceil(TILE), rule.view.words(cols));
     let step = rows_per_task(cols);
-    let work = |first: usize, values: &mut [f32], codes: &mut [u8], scales: &mut [f32]| {
-        fill(first..first + values.len(), values);
-        rows_body(isa, values, codes, scales, cols, encoding, kind);
+    let work = |(range, out): (Range<usize>, Rounded<'_>)| {
+        source.with(range.start * cols..range.end * cols, |values| rows_body(isa, values, out, cols, rule));
     };
-    if values.len() <= step * cols {
-        work(0, values, codes, scales);
-    } else if codes.is_empty() {
-        let chunks = values.par_chunks_mut(step * cols).enumerate();
-        chunks.for_each(|(i, values)| work(i * step * cols, values, &mut [], &mut []));
-    } else {
-        (values.par_chunks_mut(step * cols), codes.par_chunks_mut(step * cols), scales.par_chunks_mut(step * tiles))
-            .into_par_iter()
-            .enumerate()
-            .for_each(|(i, (values, codes, scales))| work(i * step * cols, values, codes, scales));
+    if rows <= step {
+        return work((0..rows, out));
+    }
+    let (mut tasks, mut rest) = (Vec::with_capacity(rows.div_ceil(step)), out);
+    for first in (0..rows).step_by(step) {
+        let range = first..(first + step).min(rows);
+        let here;
+        (here, rest) = rest.split(range.len() * width, range.len() * cols, range.len() * tiles);
+        tasks.push((range, here));
+    }
+    tasks.into_par_iter().for_each(work);
+}
+
+/// A vector of values, as [`columns_by`] leaves it for one view.
+trait Kept {
+    /// Whether values are code · scale.
+    const SCALED: bool;
+    /// Stores parts, `len` long from column `col` on, of rows 2i and 2i + 1, of which the second may lie past the end.
+    fn store(words: &mut [f32], cols: usize, i: usize, col: usize, parts: [&[f32; LANES]; 2], len: usize);
+}
+
+struct InValues<const SCALED: bool>;
+impl<const SCALED: bool> Kept for InValues<SCALED> {
+    const SCALED: bool = SCALED;
+    #[inline(always)]
+    fn store(words: &mut [f32], cols: usize, i: usize, col: usize, parts: [&[f32; LANES]; 2], len: usize) {
+        let at = 2 * i * cols + col;
+        store_lanes(&mut words[at..at + len], parts[0]);
+        if let Some(second) = words.get_mut(at + cols..at + cols + len) {
+            store_lanes(second, parts[1]);
+        }
+    }
+}
+
+struct InPairs;
+impl Kept for InPairs {
+    const SCALED: bool = false;
+    #[inline(always)]
+    fn store(words: &mut [f32], cols: usize, i: usize, col: usize, parts: [&[f32; LANES]; 2], len: usize) {
+        let at = i * cols + col;
+        let mut both = [0.0; LANES];
+        for lane in 0..LANES {
+            both[lane] = pair(parts[0][lane], parts[1][lane]);
+        }
+        store_lanes(&mut words[at..at + len], &both);
     }
 }
 
 simd_fn! {
-    /// Rounds up to 128 rows of `cols` values in tiles of one column; `codes` may be empty.
-    fn columns_body(
-        values: &mut [f32],
-        codes: &mut [u8],
-        scales: &mut [f32],
-        cols: usize,
-        encoding: Encoding,
-        kind: Fp8Scales,
-    ) {
-        let mut first = 0;
-        while first < cols {
-            let range = first..(first + STRIP).min(cols);
-            let mut amax = [[0u32; LANES]; STRIP / LANES];
-            for row in values.chunks(cols) {
-                for (amax, x) in amax.iter_mut().zip(row[range.clone()].chunks(LANES)) {
-                    let x = load_lanes(x);
-                    for lane in 0..LANES {
-                        amax[lane] = max_bits(amax[lane], x[lane]);
-                    }
-                }
-            }
-            let (mut scale, mut inv) = ([[0f32; LANES]; STRIP / LANES], [[0f32; LANES]; STRIP / LANES]);
-            let used = range.len().div_ceil(LANES);
-            for ((amax, scale), inv) in amax[..used].iter().zip(&mut scale).zip(&mut inv) {
-                for lane in 0..LANES {
-                    (scale[lane], inv[lane]) = factors(amax[lane], encoding, kind);
-                }
-            }
-            scales[range.clone()].copy_from_slice(&scale.as_flattened()[..range.len()]);
-            for (i, row) in values.chunks_mut(cols).enumerate() {
-                let row = &mut row[range.clone()];
-                if codes.is_empty() {
-                    for ((x, scale), inv) in row.chunks_mut(LANES).zip(&scale).zip(&inv) {
-                        let mut lanes = load_lanes(x);
-                        round_lanes(&mut lanes, &mut [], encoding, inv, scale);
-                        store_lanes(x, &lanes);
-                    }
-                } else {
-                    let codes = &mut codes[i * cols + range.start..i * cols + range.end];
-                    for (((x, codes), scale), inv) in row.chunks_mut(LANES).zip(codes.chunks_mut(LANES)).zip(&scale).zip(&inv) {
-                        let mut lanes = load_lanes(x);
-                        let mut strip = [0u8; LANES];
-                        round_lanes(&mut lanes, &mut strip, encoding, inv, scale);
-                        store_lanes(x, &lanes);
-                        codes.copy_from_slice(&strip[..codes.len()]);
-                    }
-                }
-            }
-            first += STRIP;
+    /// Rounds up to 128 rows of `cols` values in tiles of one column.
+    fn columns_body(values: &[f32], out: Rounded<'_>, cols: usize, rule: Rule) {
+        match rule.view {
+            View::Values => columns_by::<InValues<true>>(values, out, cols, rule),
+            View::Words(Form::F32) => columns_by::<InValues<false>>(values, out, cols, rule),
+            View::Words(Form::Pairs) => columns_by::<InPairs>(values, out, cols, rule),
         }
+    }
+}
+
+#[inline(always)]
+fn columns_by<K: Kept>(values: &[f32], out: Rounded<'_>, cols: usize, rule: Rule) {
+    let Rounded { words, codes, scales } = out;
+    let mut first = 0;
+    while first < cols {
+        let range = first..(first + STRIP).min(cols);
+        let mut amax = [[0u32; LANES]; STRIP / LANES];
+        for row in values.chunks(cols) {
+            for (amax, x) in amax.iter_mut().zip(row[range.clone()].chunks(LANES)) {
+                let x = load_lanes(x);
+                for lane in 0..LANES {
+                    amax[lane] = max_bits(amax[lane], x[lane]);
+                }
+            }
+        }
+        let (mut scale, mut inv) = ([[1f32; LANES]; STRIP / LANES], [[0f32; LANES]; STRIP / LANES]);
+        let used = range.len().div_ceil(LANES);
+        for ((amax, scale), inv) in amax[..used].iter().zip(&mut scale).zip(&mut inv) {
+            for lane in 0..LANES {
+                (scale[lane], inv[lane]) = factors(amax[lane], rule.encoding, rule.scales);
+            }
+        }
+        scales[range.clone()].copy_from_slice(&scale.as_flattened()[..range.len()]);
+        if !K::SCALED {
+            scale = [[1.0; LANES]; STRIP / LANES];
+        }
+        for (i, two) in values.chunks(2 * cols).enumerate() {
+            for ((at, scale), inv) in range.clone().step_by(LANES).zip(&scale).zip(&inv) {
+                let len = LANES.min(range.end - at);
+                let mut parts = [[0f32; LANES]; 2];
+                for (j, part) in parts.iter_mut().enumerate().take(two.len() / cols) {
+                    *part = load_lanes(&two[j * cols + at..j * cols + at + len]);
+                    if codes.is_empty() {
+                        round_lanes(part, &mut [], rule.encoding, inv, scale);
+                    } else {
+                        let mut strip = [0u8; LANES];
+                        round_lanes(part, &mut strip, rule.encoding, inv, scale);
+                        codes[(2 * i + j) * cols + at..][..len].copy_from_slice(&strip[..len]);
+                    }
+                }
+                K::store(words, cols, i, at, [&parts[0], &parts[1]], len);
+            }
+        }
+        first += STRIP;
     }
 }
 
@@ -193,49 +295,38 @@ fn store_lanes(x: &mut [f32], lanes: &[f32; LANES]) {
     }
 }
 
-/// Fills `values` `[rows, cols]` and rounds them in tiles of 128 rows by one column that start anew at each of
-/// `offsets`; `codes` may be empty. Returns the scales `[tiles, cols]`.
+/// Rounds `source` `[rows, cols]` in tiles of 128 rows by one column that start anew at each of `offsets`; scales are
+/// `[tiles, cols]`, and words of pairs start anew at each of `offsets` too.
 pub(crate) fn round_columns(
     isa: Isa,
-    values: &mut [f32],
-    codes: &mut [u8],
+    source: Source<'_>,
     cols: usize,
     offsets: &[usize],
-    encoding: Encoding,
-    kind: Fp8Scales,
-    fill: Fill<'_>,
-) -> Vec<f32> {
-    let rows = values.len() / cols.max(1);
-    assert!(offsets.first() == Some(&0) && offsets.last() == Some(&rows), "offsets must run from 0 to {rows}");
-    let ranges: Vec<Range<usize>> = tile_rows(offsets).collect();
-    let mut scales = vec![0.0; ranges.len() * cols];
-    if values.is_empty() {
-        return scales;
+    rule: Rule,
+    out: Rounded<'_>,
+) {
+    let rows = offsets.last().copied().unwrap_or(0);
+    if rows * cols == 0 {
+        return;
     }
-    let (keep_codes, serial) = (!codes.is_empty(), values.len() <= SERIAL_ELEMENTS_MAX);
-    let mut tasks = Vec::with_capacity(ranges.len());
-    let (mut values, mut codes) = (values, codes);
-    for (range, scales) in ranges.into_iter().zip(scales.chunks_mut(cols)) {
-        let len = range.len() * cols;
-        let (here, rest) = values.split_at_mut(len);
-        let (here_codes, rest_codes) = codes.split_at_mut(if keep_codes { len } else { 0 });
-        tasks.push((range.start * cols, here, here_codes, scales));
-        (values, codes) = (rest, rest_codes);
+    let (mut tasks, mut rest) = (Vec::new(), out);
+    for range in tile_rows(offsets) {
+        let here;
+        (here, rest) = rest.split(rule.view.words(range.len()) * cols, range.len() * cols, cols);
+        tasks.push((range, here));
     }
-    let work = |(first, values, codes, scales): (usize, &mut [f32], &mut [u8], &mut [f32])| {
-        fill(first..first + values.len(), values);
-        columns_body(isa, values, codes, scales, cols, encoding, kind);
+    let work = |(range, out): (Range<usize>, Rounded<'_>)| {
+        source.with(range.start * cols..range.end * cols, |values| columns_body(isa, values, out, cols, rule));
     };
-    if serial {
+    if rows * cols <= SERIAL_ELEMENTS_MAX {
         tasks.into_iter().for_each(work);
     } else {
         tasks.into_par_iter().for_each(work);
     }
-    scales
 }
 
 /// Row ranges of the column tiles of `offsets`.
-fn tile_rows(offsets: &[usize]) -> impl Iterator<Item = Range<usize>> + '_ {
+pub(crate) fn tile_rows(offsets: &[usize]) -> impl Iterator<Item = Range<usize>> + '_ {
     offsets.windows(2).flat_map(|w| (w[0]..w[1]).step_by(TILE).map(move |start| start..(start + TILE).min(w[1])))
 }
 
@@ -366,19 +457,40 @@ mod tests {
                 .flat_map(|isa| ENCODINGS.map(|e| (isa, e)))
                 .flat_map(|(isa, e)| KINDS.map(|kind| (isa, e, kind)))
             {
-                let (mut out, mut codes) = (vec![0.0; x.len()], vec![0; x.len()]);
-                let mut scales = vec![0.0; rows * cols.div_ceil(TILE)];
-                round_rows(isa, &mut out, &mut codes, &mut scales, cols, encoding, kind, fill);
+                let rule = |view| Rule { encoding, scales: kind, view };
+                let mut codes = vec![0; x.len()];
+                let rounded = |view: View, codes: &mut [u8]| {
+                    let mut words = vec![0.0; rows * view.words(cols)];
+                    let mut scales = vec![0.0; rows * cols.div_ceil(TILE)];
+                    let out = Rounded { words: &mut words, codes, scales: &mut scales };
+                    round_rows(isa, Source::Computed(fill), rows, cols, rule(view), out);
+                    (words, scales)
+                };
+                let (out, scales) = rounded(View::Values, &mut codes);
                 let tiles = x.chunks(cols).flat_map(|row| row.chunks(TILE));
                 let code_tiles = codes.chunks(cols).flat_map(|row| row.chunks(TILE));
                 for ((tile, codes), scale) in tiles.zip(code_tiles).zip(&scales) {
                     assert_eq!((*scale, codes.to_vec()), plain(tile, encoding, kind), "{isa:?} {encoding:?} {kind:?}");
                 }
-                let mut silent = vec![0.0; x.len()];
-                round_rows(isa, &mut silent, &mut [], &mut [], cols, encoding, kind, fill);
-                assert_eq!(silent, out);
+                assert_eq!(rounded(View::Values, &mut []), (out, scales));
+                let value = |code: Option<&u8>| code.map_or(0.0, |code| encoding.decode(*code));
+                let (words, _) = rounded(View::Words(Form::F32), &mut []);
+                assert_eq!(words, codes.iter().map(|code| value(Some(code))).collect::<Vec<_>>());
+                let (words, _) = rounded(View::Words(Form::Pairs), &mut []);
+                let pairs = codes.chunks(cols).flat_map(|row| row.chunks(2));
+                let pairs: Vec<_> = pairs.map(|two| pair(value(two.first()), value(two.get(1))).to_bits()).collect();
+                assert_eq!(words.iter().map(|word| word.to_bits()).collect::<Vec<_>>(), pairs);
 
-                let scales = round_columns(isa, &mut out, &mut codes, cols, &offsets, encoding, kind, fill);
+                let rounded = |view: View, codes: &mut [u8]| {
+                    let word_rows = tile_rows(&offsets).map(|range| view.words(range.len())).sum::<usize>();
+                    let mut words = vec![0.0; word_rows * cols];
+                    let mut scales = vec![0.0; tile_rows(&offsets).count() * cols];
+                    let out = Rounded { words: &mut words, codes, scales: &mut scales };
+                    round_columns(isa, Source::Plain(&x), cols, &offsets, rule(view), out);
+                    (words, scales)
+                };
+                let (out, scales) = rounded(View::Values, &mut codes);
+                let mut pairs = Vec::new();
                 for (range, scales) in tile_rows(&offsets).zip(scales.chunks(cols)) {
                     for col in 0..cols {
                         let column = |of: &[f32]| range.clone().map(|row| of[row * cols + col]).collect::<Vec<_>>();
@@ -388,24 +500,36 @@ mod tests {
                             column_codes.iter().map(|c| encoding.decode(*c) * scales[col]).collect();
                         assert_eq!(column(&out), decoded);
                     }
+                    for row in range.clone().step_by(2) {
+                        let code = |row: usize, col| value(codes[..range.end * cols].get(row * cols + col));
+                        pairs.extend((0..cols).map(|col| pair(code(row, col), code(row + 1, col)).to_bits()));
+                    }
                 }
+                assert_eq!(rounded(View::Values, &mut []).0, out);
+                let (words, _) = rounded(View::Words(Form::F32), &mut []);
+                assert_eq!(words, codes.iter().map(|code| value(Some(code))).collect::<Vec<_>>());
+                let (words, _) = rounded(View::Words(Form::Pairs), &mut []);
+                assert_eq!(words.iter().map(|word| word.to_bits()).collect::<Vec<_>>(), pairs);
             }
         }
     }
 
     #[test]
     fn the_tiniest_tiles_stay_finite_and_nan_stays_nan() {
+        let values = |x: &[f32], encoding, scales| {
+            let rule = Rule { encoding, scales, view: View::Values };
+            let (mut words, mut scales) = (vec![0.0; x.len()], [0.0]);
+            let out = Rounded { words: &mut words, codes: &mut [], scales: &mut scales };
+            round_rows(Isa::best(), Source::Plain(x), 1, x.len(), rule, out);
+            words
+        };
         for tiny in [1e-38f32, f32::from_bits(1), f32::MIN_POSITIVE] {
             for (encoding, kind) in ENCODINGS.into_iter().flat_map(|e| KINDS.map(|k| (e, k))) {
-                let fill: Fill<'_> = &|_, out| out.copy_from_slice(&[tiny, 0.0, -0.0]);
-                let mut out = vec![0.0; 3];
-                round_rows(Isa::best(), &mut out, &mut [], &mut [], 3, encoding, kind, fill);
+                let out = values(&[tiny, 0.0, -0.0], encoding, kind);
                 assert!(out.iter().all(|x| x.is_finite()), "{tiny:e} {encoding:?} {kind:?}: {out:?}");
             }
         }
-        let fill: Fill<'_> = &|_, out| out.copy_from_slice(&[f32::NAN, 1.0]);
-        let mut out = vec![0.0; 2];
-        round_rows(Isa::best(), &mut out, &mut [], &mut [], 2, Encoding::E4m3, Fp8Scales::F32, fill);
+        let out = values(&[f32::NAN, 1.0], Encoding::E4m3, Fp8Scales::F32);
         assert!(out[0].is_nan() && out[1] == 1.0);
     }
 }

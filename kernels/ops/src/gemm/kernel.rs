@@ -5,7 +5,7 @@
 
 #![allow(unsafe_code)]
 
-use super::PANEL;
+use super::{Form, PANEL};
 use crate::isa::{Isa, Kind};
 
 /// Most rows any kernel takes at once.
@@ -28,6 +28,18 @@ pub(super) struct Call {
     pub(super) c_stride: usize,
     /// Add the block's sum to C instead of storing it.
     pub(super) add: bool,
+    /// Factors of the block's sum before that: a row's, then a column's.
+    pub(super) scales: Option<Scales>,
+}
+
+/// Factors of the outputs of one call.
+#[derive(Clone, Copy)]
+pub(super) struct Scales {
+    /// Row i has `rows[i * row_stride]`.
+    pub(super) rows: *const f32,
+    pub(super) row_stride: usize,
+    /// One for each column of the panel.
+    pub(super) cols: *const f32,
 }
 
 /// Rows the kernel of `isa` wants at once.
@@ -44,16 +56,16 @@ pub(super) fn rows_per_call(isa: Isa) -> usize {
 /// Multiplies `rows` rows (at most [`rows_per_call`]) by `cols` columns (at most a panel).
 ///
 /// # Safety
-/// The elements of A and C named by the sizes must be valid, and `call.k` rows of 32 elements of B; nobody else may
-/// touch those of C.
-pub(super) unsafe fn run(isa: Isa, call: Call, rows: usize, cols: usize) {
+/// The elements of A and C and the factors named by the sizes must be valid, and `call.k` rows of 32 elements of B; nobody
+/// else may touch those of C. Pairs need an `isa` that has their dot product.
+pub(super) unsafe fn run(isa: Isa, form: Form, call: Call, rows: usize, cols: usize) {
     if cols == PANEL {
         // SAFETY: passed on.
-        return unsafe { full(isa, call, rows) };
+        return unsafe { full(isa, form, call, rows) };
     }
     let mut edge = [0f32; ROWS_MAX * PANEL];
     // SAFETY: `edge` holds 8 rows of a panel; A and B are as the caller promised.
-    unsafe { full(isa, Call { c: edge.as_mut_ptr(), c_stride: PANEL, add: false, ..call }, rows) };
+    unsafe { full(isa, form, Call { c: edge.as_mut_ptr(), c_stride: PANEL, add: false, ..call }, rows) };
     for i in 0..rows {
         for j in 0..cols {
             // SAFETY: within the rows and columns of C that the caller promised.
@@ -63,10 +75,12 @@ pub(super) unsafe fn run(isa: Isa, call: Call, rows: usize, cols: usize) {
     }
 }
 
-unsafe fn full(isa: Isa, call: Call, rows: usize) {
+unsafe fn full(isa: Isa, form: Form, call: Call, rows: usize) {
     // SAFETY: an `Isa` exists only where its features were detected; operands are as the caller of `run` promised.
     unsafe {
         match isa.kind() {
+            #[cfg(target_arch = "x86_64")]
+            _ if form == Form::Pairs => wide_pairs(call, rows),
             #[cfg(target_arch = "x86_64")]
             Kind::Avx512 => wide(call, rows),
             #[cfg(target_arch = "x86_64")]
@@ -84,6 +98,7 @@ trait Lanes: Copy {
     unsafe fn load(p: *const f32) -> Self;
     unsafe fn store(self, p: *mut f32);
     unsafe fn add(self, other: Self) -> Self;
+    unsafe fn mul(self, other: Self) -> Self;
     /// `self * b + acc`, rounded once.
     unsafe fn fma(self, b: Self, acc: Self) -> Self;
 }
@@ -114,7 +129,14 @@ unsafe fn block<L: Lanes, const R: usize, const V: usize>(call: Call) {
             for r in 0..R {
                 for v in 0..V {
                     let c = call.c.add(r * call.c_stride + col + v * L::COUNT);
-                    let sum = if call.add { L::load(c).add(acc[r][v]) } else { acc[r][v] };
+                    let sum = match call.scales {
+                        None => acc[r][v],
+                        Some(scales) => {
+                            let row = L::splat(*scales.rows.add(r * scales.row_stride));
+                            acc[r][v].mul(row).mul(L::load(scales.cols.add(col + v * L::COUNT)))
+                        }
+                    };
+                    let sum = if call.add { L::load(c).add(sum) } else { sum };
                     sum.store(c);
                 }
             }
@@ -137,6 +159,12 @@ macro_rules! by_rows {
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
 unsafe fn wide(call: Call, rows: usize) {
     by_rows!(x86::Zmm, 2, call, rows, 1, 2, 3, 4, 5, 6, 7, 8)
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")]
+unsafe fn wide_pairs(call: Call, rows: usize) {
+    by_rows!(x86::ZmmPairs, 2, call, rows, 1, 2, 3, 4, 5, 6, 7, 8)
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -178,6 +206,10 @@ impl Lanes for Four {
         Self(std::array::from_fn(|i| self.0[i] + other.0[i]))
     }
     #[inline(always)]
+    unsafe fn mul(self, other: Self) -> Self {
+        Self(std::array::from_fn(|i| self.0[i] * other.0[i]))
+    }
+    #[inline(always)]
     unsafe fn fma(self, b: Self, acc: Self) -> Self {
         Self(std::array::from_fn(|i| self.0[i].mul_add(b.0[i], acc.0[i])))
     }
@@ -193,11 +225,14 @@ mod x86 {
 
     #[derive(Clone, Copy)]
     pub(super) struct Zmm(__m512);
+    /// BF16 pairs when multiplied, f32 otherwise.
+    #[derive(Clone, Copy)]
+    pub(super) struct ZmmPairs(__m512);
     #[derive(Clone, Copy)]
     pub(super) struct Ymm(__m256);
 
     macro_rules! lanes {
-        ($name:ident, $count:literal, $zero:ident, $splat:ident, $load:ident, $store:ident, $add:ident, $fma:ident) => {
+        ($name:ident, $count:literal, $zero:ident, $splat:ident, $load:ident, $store:ident, $add:ident, $mul:ident, $fma:ident) => {
             impl Lanes for $name {
                 const COUNT: usize = $count;
                 #[inline(always)]
@@ -226,6 +261,11 @@ mod x86 {
                     Self(unsafe { $add(self.0, other.0) })
                 }
                 #[inline(always)]
+                unsafe fn mul(self, other: Self) -> Self {
+                    // SAFETY: see the module.
+                    Self(unsafe { $mul(self.0, other.0) })
+                }
+                #[inline(always)]
                 unsafe fn fma(self, b: Self, acc: Self) -> Self {
                     // SAFETY: see the module.
                     Self(unsafe { $fma(self.0, b.0, acc.0) })
@@ -242,8 +282,34 @@ mod x86 {
         _mm512_loadu_ps,
         _mm512_storeu_ps,
         _mm512_add_ps,
+        _mm512_mul_ps,
         _mm512_fmadd_ps
     );
+    lanes!(
+        ZmmPairs,
+        16,
+        _mm512_setzero_ps,
+        _mm512_set1_ps,
+        _mm512_loadu_ps,
+        _mm512_storeu_ps,
+        _mm512_add_ps,
+        _mm512_mul_ps,
+        dot_pairs
+    );
+
+    /// acc + a's upper half · b's upper half, rounded, then the lower halves: the order of `Isa::has_bf16_dot`.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bf16")]
+    unsafe fn dot_pairs(a: __m512, b: __m512, acc: __m512) -> __m512 {
+        // SAFETY: both are 512 bits without invalid values.
+        unsafe {
+            _mm512_dpbf16_ps(
+                acc,
+                std::mem::transmute::<__m512, __m512bh>(a),
+                std::mem::transmute::<__m512, __m512bh>(b),
+            )
+        }
+    }
     lanes!(
         Ymm,
         8,
@@ -252,6 +318,7 @@ mod x86 {
         _mm256_loadu_ps,
         _mm256_storeu_ps,
         _mm256_add_ps,
+        _mm256_mul_ps,
         _mm256_fmadd_ps
     );
 }

@@ -26,6 +26,11 @@ pub(crate) trait Right: Sync {
     fn prepacked(&self) -> Option<Elements<'_>> {
         None
     }
+
+    /// Scales of the tiles that hold columns `cols` in a K block; 1 unless the operand is one of codes.
+    fn scales(&self, _block: usize, _cols: Range<usize>, out: &mut [f32; PANEL]) {
+        *out = [1.0; PANEL];
+    }
 }
 
 impl Right for Mat<'_> {

@@ -1,8 +1,12 @@
 //! Path against path: instruction sets, row counts, threads and encodings give the same bits.
 
+use std::sync::Arc;
+
 use super::*;
+use crate::fp8::{self, Encoding, TILE};
 use crate::testing::values;
-use crate::{Precision, Tensor, Weight, grouped_linear, linear};
+use crate::weight::CodeOperand;
+use crate::{Fp8, Fp8Format, Fp8Scales, Precision, Tensor, Weight, grouped_linear, linear};
 
 /// The numerics rule as it is written.
 fn reference(p: (usize, usize, usize), a: Mat<'_>, b: Mat<'_>, c: &mut [f32], c_stride: usize, accumulate: bool) {
@@ -148,11 +152,137 @@ fn an_expert_sees_only_its_rows() {
         for e in 0..experts {
             let range = offsets[e]..offsets[e + 1];
             let rows = Tensor::f32(&[range.len(), k], x.as_f32()[range.start * k..range.end * k].to_vec());
-            let (values, _) = crate::activation::input(&rows, weight.rounding(), false);
             let mut expected = vec![0.0; range.len() * n];
-            let w = Mat::transposed(&all.as_f32()[e * n * k..(e + 1) * n * k], k);
-            reference((range.len(), n, k), Mat::rows(values.as_f32(), k), w, &mut expected, n, false);
+            let sizes = (range.len(), n, k);
+            if let Precision::Fp8 { format, scales } = precision {
+                let a = Fp8::quantize_rows(&rows, format.forward(), scales);
+                let (codes, scales) = weight.fp8_parts().expect("FP8");
+                let (codes, tiles) = (&codes.as_u8()[e * n * k..], n.div_ceil(TILE) * k.div_ceil(TILE));
+                let b = (codes, &scales.as_f32()[e * tiles..]);
+                reference_codes(sizes, (a.codes.as_u8(), a.scales.as_f32()), b, format.forward(), &mut expected);
+            } else {
+                let values = crate::activation::input_values(&rows, weight.rounding());
+                let w = Mat::transposed(&all.as_f32()[e * n * k..(e + 1) * n * k], k);
+                reference(sizes, Mat::rows(values.as_f32(), k), w, &mut expected, n, false);
+            }
             assert_eq!(bits(&expected), bits(&y.as_f32()[range.start * n..range.end * n]), "{precision:?} expert {e}");
         }
+    }
+}
+
+/// The rule of a product of codes by plain loops: `a` in tiles of 1×128, `b` `[n, k]` in blocks of 128×128.
+fn reference_codes(
+    (m, n, k): (usize, usize, usize),
+    (a, a_scales): (&[u8], &[f32]),
+    (b, b_scales): (&[u8], &[f32]),
+    encoding: Encoding,
+    c: &mut [f32],
+) {
+    let tiles = k.div_ceil(TILE);
+    for (i, j) in (0..m).flat_map(|i| (0..n).map(move |j| (i, j))) {
+        c[i * n + j] = 0.0;
+        for block in 0..tiles {
+            let mut chain = 0.0f32;
+            for p in block * TILE..((block + 1) * TILE).min(k) {
+                chain = encoding.decode(a[i * k + p]).mul_add(encoding.decode(b[j * k + p]), chain);
+            }
+            let sum = chain * a_scales[i * tiles + block] * b_scales[j / TILE * tiles + block];
+            c[i * n + j] = if block == 0 { sum } else { c[i * n + j] + sum };
+        }
+    }
+}
+
+/// Forms that `isa` multiplies.
+fn forms(isa: Isa) -> Vec<Form> {
+    if isa.has_bf16_dot() { vec![Form::F32, Form::Pairs] } else { vec![Form::F32] }
+}
+
+/// Rows of codes as words.
+fn words(isa: Isa, codes: &[u8], k: usize, encoding: Encoding, form: Form) -> Vec<f32> {
+    let mut out = vec![0.0; codes.len() / k * form.words(k)];
+    for (codes, out) in codes.chunks(k).zip(out.chunks_mut(form.words(k))) {
+        match form {
+            Form::F32 => fp8::decode_run(isa, codes, encoding, 1.0, out),
+            Form::Pairs => fp8::pairs_along(isa, codes, encoding, false, out),
+        }
+    }
+    out
+}
+
+#[test]
+fn products_of_codes_have_the_same_bits_in_every_form_on_every_set() {
+    for (m, n, k) in [(1, 1, 1), (1, 40, 130), (3, 33, 257), (70, 150, 300), (9, 32, 128), (5, 7, 3)] {
+        for format in [Fp8Format::E4m3, Fp8Format::E5m2] {
+            let encoding = format.forward();
+            let precision = Precision::Fp8 { format, scales: Fp8Scales::F32 };
+            let x = Fp8::quantize_rows(&values(&[m, k], 1), encoding, Fp8Scales::F32);
+            let weight = Weight::encode(&values(&[n, k], 2), &precision);
+            let (codes, scales) = weight.fp8_parts().expect("FP8");
+            let mut expected = vec![0.0; m * n];
+            let (a, b) = ((x.codes.as_u8(), x.scales.as_f32()), (codes.as_u8(), scales.as_f32()));
+            reference_codes((m, n, k), a, b, encoding, &mut expected);
+            for isa in Isa::all() {
+                for (form, weight) in forms(isa).into_iter().flat_map(|f| [(f, weight.clone()), (f, weight.prepack())])
+                {
+                    let a = words(isa, x.codes.as_u8(), k, encoding, form);
+                    let (b, width) = (CodeOperand::new(&weight, 0, true, form), form.words(k));
+                    let mut c = vec![f32::NAN; m * n];
+                    let a = Mat::rows(&a, width);
+                    let product = Product { m, n, k: width, a, b: &b, c: &mut c, c_stride: n, accumulate: false };
+                    let tiles = k.div_ceil(TILE);
+                    let row_scales = RowScales { data: x.scales.as_f32(), row_stride: tiles, block_stride: 1 };
+                    run_codes(isa, &mut [CodeProduct { product, form, row_scales }]);
+                    assert_eq!(bits(&c), bits(&expected), "{m} x {n} x {k}, {format:?}, {isa:?}, {form:?}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn gradients_of_codes_have_the_same_bits_in_every_form_on_every_set() {
+    let offsets: Arc<[usize]> = Arc::new([0, 5, 5, 140, 301]);
+    let (slots, n, k) = (301, 70, 45);
+    let (x, dy) = (values(&[slots, k], 1), values(&[slots, n], 2));
+    let w =
+        Weight::encode(&values(&[4, n, k], 3), &Precision::Fp8 { format: Fp8Format::Hybrid, scales: Fp8Scales::F32 });
+    let mut all = Vec::new();
+    for (isa, form) in Isa::all().into_iter().flat_map(|isa| forms(isa).into_iter().map(move |form| (isa, form))) {
+        let rows = Fp8::quantize_rows(&dy, Encoding::E5m2, Fp8Scales::F32);
+        let dy_words = words(isa, rows.codes.as_u8(), n, Encoding::E5m2, form);
+        let (width, tiles) = (form.words(n), n.div_ceil(TILE));
+        for weight in [w.clone(), w.prepack()] {
+            let mut dx = vec![0.0; slots * k];
+            for (e, range) in offsets.windows(2).enumerate() {
+                let b = CodeOperand::new(&weight, e, false, form);
+                let a = Mat::rows(&dy_words[range[0] * width..range[1] * width], width);
+                let (m, c) = (range[1] - range[0], &mut dx[range[0] * k..range[1] * k]);
+                let product = Product { m, n: k, k: width, a, b: &b, c, c_stride: k, accumulate: false };
+                let data = &rows.scales.as_f32()[range[0] * tiles..];
+                let row_scales = RowScales { data, row_stride: tiles, block_stride: 1 };
+                run_codes(isa, &mut [CodeProduct { product, form, row_scales }]);
+            }
+            all.push(bits(&dx));
+        }
+        let columns = |of: &Tensor, encoding| {
+            let rule = fp8::Rule { encoding, scales: Fp8Scales::F32, view: fp8::View::Words(form) };
+            fp8::words_of_columns(fp8::Source::Plain(of.as_f32()), of.cols(), &offsets, rule, &mut [])
+        };
+        let ((a, a_scales), (b, b_scales)) = (columns(&dy, Encoding::E5m2), columns(&x, Encoding::E4m3));
+        // The last expert alone: 161 tokens, two tiles.
+        let (tokens, first_tile) = (161, 3);
+        let words = form.words(tokens);
+        let b = &b[b.len() - words * k..];
+        let b = Scaled { words: Mat::rows(b, k), scales: &b_scales[first_tile * k..], n: k };
+        let a = Mat::transposed(&a[a.len() - words * n..], n);
+        let mut dw = vec![0.25; n * k];
+        let product = Product { m: n, n: k, k: words, a, b: &b, c: &mut dw, c_stride: k, accumulate: true };
+        let row_scales = RowScales { data: &a_scales[first_tile * n..], row_stride: 1, block_stride: n };
+        run_codes(isa, &mut [CodeProduct { product, form, row_scales }]);
+        all.push(bits(&dw));
+    }
+    for results in all.chunks(3) {
+        assert_eq!(results[0], results[1], "row layout and panels");
+        assert_eq!(results, &all[..3]);
     }
 }
