@@ -40,6 +40,9 @@ pub(crate) struct Args {
     /// Compute threads; all by default
     #[arg(long, value_parser = clap::value_parser!(u16).range(1..))]
     threads: Option<u16>,
+    /// Widest instruction set used; the widest this machine has by default
+    #[arg(long, value_parser = dsv3_ops::INSTRUCTION_SETS)]
+    isa: Option<String>,
     /// Measured steps
     #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=100_000))]
     steps: u32,
@@ -116,6 +119,9 @@ struct Report {
 /// Runs the subcommand.
 pub(crate) fn run(args: &Args) -> Result<(), Failure> {
     common::set_threads(args.threads.map(usize::from));
+    if let Some(isa) = &args.isa {
+        dsv3_ops::limit_instruction_set(isa).map_err(|error| Error::invalid(error.to_string()))?;
+    }
     let mut named = named(&args.config).ok_or_else(|| Error::invalid(format!("no configuration `{}`", args.config)))?;
     if args.no_mtp || args.work != Work::Train {
         named = named.without_mtp();
