@@ -73,7 +73,7 @@ pub(crate) struct ContextExtension;
 
 impl Stage for ContextExtension {
     const NAME: &'static str = "context_extension";
-    const VERSION: u32 = 2;
+    const VERSION: u32 = 3;
     const ABOUT: &'static str = "Extends the context with YaRN in phases and measures retrieval before and after";
     type Config = Config;
     type Inputs = Inputs;

@@ -54,7 +54,7 @@ pub(crate) struct Distill;
 
 impl Stage for Distill {
     const NAME: &'static str = "distill";
-    const VERSION: u32 = 2;
+    const VERSION: u32 = 3;
     const ABOUT: &'static str = "Makes conversations from reasoning traces, keeping only those a reward accepts";
     const HOOKS: &'static [HookPort] =
         &[HookPort { name: "reward", world: World::Reward, required: false, doc: "Judges every trace" }];

@@ -112,7 +112,7 @@ pub(crate) struct Evaluate;
 
 impl Stage for Evaluate {
     const NAME: &'static str = "evaluate";
-    const VERSION: u32 = 2;
+    const VERSION: u32 = 3;
     const ABOUT: &'static str = "Scores a model on benchmarks: exact answers, choices by likelihood, retrieval";
     type Config = Config;
     type Inputs = Inputs;

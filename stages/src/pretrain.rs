@@ -68,7 +68,7 @@ pub(crate) struct Pretrain;
 
 impl Stage for Pretrain {
     const NAME: &'static str = "pretrain";
-    const VERSION: u32 = 1;
+    const VERSION: u32 = 2;
     const ABOUT: &'static str =
         "Trains a model from scratch, with multi-token prediction and loss-free expert balancing";
     type Config = Config;

@@ -67,7 +67,7 @@ pub(crate) struct Rl;
 
 impl Stage for Rl {
     const NAME: &'static str = "rl";
-    const VERSION: u32 = 2;
+    const VERSION: u32 = 3;
     const ABOUT: &'static str = "Improves a model by GRPO on its own completions, rewarded by rules and a hook";
     const HOOKS: &'static [HookPort] =
         &[HookPort { name: "reward", world: World::Reward, required: false, doc: "Scores every completion" }];

@@ -63,7 +63,7 @@ pub(crate) struct Serve;
 
 impl Stage for Serve {
     const NAME: &'static str = "serve";
-    const VERSION: u32 = 2;
+    const VERSION: u32 = 3;
     const ABOUT: &'static str = "Serves a model over an OpenAI-compatible HTTP API and checks that it answers";
     type Config = Config;
     type Inputs = Inputs;

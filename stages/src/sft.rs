@@ -66,7 +66,7 @@ pub(crate) struct Sft;
 
 impl Stage for Sft {
     const NAME: &'static str = "sft";
-    const VERSION: u32 = 1;
+    const VERSION: u32 = 2;
     const ABOUT: &'static str =
         "Fine-tunes a model on conversations, each isolated, loss on the assistant's tokens only";
     type Config = Config;
