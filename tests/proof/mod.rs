@@ -6,6 +6,7 @@ mod extension;
 mod fp8_options;
 mod ingest;
 mod input;
+mod instruction_sets;
 mod long_document;
 pub(crate) mod models;
 mod mtp;
