@@ -108,8 +108,8 @@ mod x86 {
 
     use super::*;
 
-    /// Bytes ahead of the one being read that are asked for.
-    const AHEAD: usize = 1024;
+    /// Bytes ahead of the one being read that are asked for: a page, at whose end the processor's own prefetching stops.
+    const AHEAD: usize = 4096;
 
     /// Sums of one panel, row by row.
     type Sums = [[f32; PANEL]; ROWS_MAX];
