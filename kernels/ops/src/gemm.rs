@@ -14,7 +14,7 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-pub(crate) use codes::{CodeProduct, Form, RowScales, Scaled, pair, run_codes};
+pub(crate) use codes::{CodeProduct, Form, RowScales, Scaled, pair, run_codes, run_mixed};
 pub(crate) use few::Elements;
 pub(crate) use pack::{Right, transpose_panel};
 

@@ -9,6 +9,7 @@
 
 mod activation;
 pub mod attention;
+mod awake;
 pub mod balance_loss;
 mod bfloat;
 pub mod columns;
@@ -19,6 +20,7 @@ pub mod gather_rows;
 mod gemm;
 pub mod grouped_linear;
 mod isa;
+pub mod layers;
 pub mod linear;
 mod memory;
 pub mod mla_decode;
@@ -37,6 +39,7 @@ pub mod token_logprob;
 mod vector;
 mod weight;
 
+pub use awake::with_threads_awake;
 pub use fp8::{Fp8, Fp8Format, Fp8Scales};
 pub use isa::{INSTRUCTION_SETS, IsaError, instruction_set, limit_instruction_set};
 pub use memory::{keep_buffers, keep_freed_memory, return_freed_memory};

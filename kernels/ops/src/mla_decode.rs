@@ -5,8 +5,11 @@
 //! o_h = W_UV,h õ_h. (`reference/deepseek-v3.md` §2; report §2.1.1.)
 //!
 //! A cache row is `[c (rank) ; r (dr)]`; rows lie in pages that a query walks in order with an online softmax.
+//! [`attend`] does all three for a few heads and rows at a time, so that one region of parallel work covers a layer.
 //! **Invariant**: the result of a query row is a function of that row, its pages and its length only, bit for bit: the
 //! same alone, in any batch, and however a prompt was cut into chunks.
+
+use std::ops::Range;
 
 use half::bf16;
 
@@ -15,9 +18,9 @@ use crate::isa::{Isa, simd_fn};
 
 use crate::bfloat::widen;
 use crate::memory::buffer;
-use crate::vector::{LANES, exp, exp_in_place, fold, for_row_chunks, max};
+use crate::vector::{LANES, collect, exp, exp_in_place, fold, for_row_chunks, max};
 use crate::weight::Operand;
-use crate::{Tensor, Weight};
+use crate::{Precision, Tensor, Weight, scratch};
 
 /// Query rows a thread multiplies at a time.
 const CHUNK_ROWS: usize = 32;
@@ -51,30 +54,47 @@ pub struct CacheRows<'a> {
     pub len: usize,
 }
 
-/// kv_b for absorbed attention, in its own encoding: products decode it as they read it.
+/// kv_b for absorbed attention: both halves of every head as products over few rows read them, in panels. BF16 stays
+/// BF16; of FP8 the values are kept, since a run of W_UK over outputs crosses the tiles of its scales.
 #[derive(Clone, Debug)]
 pub struct Absorbed {
-    /// `[heads · (dn + dv), rank]`, in the row layout.
-    kv_b: Weight,
+    /// W_UKᵀ, `[heads, rank, dn]`.
+    keys: Weight,
+    /// W_UV, `[heads, dv, rank]`.
+    values: Weight,
     heads: usize,
     dn: usize,
     dv: usize,
+    rank: usize,
 }
 
 impl Absorbed {
-    /// Shares `kv_b`; copies it when it is prepacked.
+    /// Lays out `kv_b`.
     ///
     /// # Panics
     /// When its rows are not `heads · (dn + dv)`.
     pub fn new(kv_b: &Weight, heads: usize, dn: usize, dv: usize) -> Self {
-        let kv_b = kv_b.in_rows();
+        let (rank, dense) = (kv_b.inputs(), kv_b.dequantize());
         assert_eq!(kv_b.outputs(), heads * (dn + dv), "kv_b {:?} for {heads} heads of {dn} + {dv}", kv_b.shape());
-        Self { kv_b, heads, dn, dv }
+        let (mut keys, mut values) = (buffer(heads * rank * dn), buffer(heads * dv * rank));
+        for (head, rows) in dense.as_f32().chunks_exact(((dn + dv) * rank).max(1)).enumerate() {
+            let (k, v) = rows.split_at(dn * rank);
+            values[head * dv * rank..][..dv * rank].copy_from_slice(v);
+            for (j, row) in k.chunks_exact(rank).enumerate() {
+                for (i, x) in row.iter().enumerate() {
+                    keys[(head * rank + i) * dn + j] = *x;
+                }
+            }
+        }
+        let precision = if kv_b.precision() == Precision::Bf16 { Precision::Bf16 } else { Precision::F32 };
+        let packed = |shape: &[usize], data| Weight::encode(&Tensor::f32(shape, data), &precision).prepack();
+        let (keys, values) = (packed(&[heads, rank, dn], keys), packed(&[heads, dv, rank], values));
+        Self { keys, values, heads, dn, dv, rank }
     }
 
     /// Width of a latent.
     pub fn rank(&self) -> usize {
-        self.kv_b.inputs()
+        self.rank
     }
 
     /// Absorbs W_UK into queries: `[rows, heads, dn + dr]` to `[rows, heads, rank + dr]`; the rotary part is copied.
@@ -82,27 +102,32 @@ impl Absorbed {
     /// # Panics
     /// When `q` has another shape.
     pub fn query(&self, q: &Tensor) -> Tensor {
-        let (rank, dn, heads) = (self.rank(), self.dn, self.heads);
+        let (rank, dn, heads) = (self.rank, self.dn, self.heads);
         let (rows, width) = (q.shape()[0], q.cols());
         assert!(q.shape()[1] == heads && width >= dn, "queries {:?} for {heads} heads of {dn}", q.shape());
         let out_width = rank + width - dn;
         let data = q.as_f32();
         let mut out = buffer(rows * heads * out_width);
         for_row_chunks(&mut out, heads * out_width, CHUNK_ROWS, heads * dn * rank, |first, chunk| {
-            let data = &data[first * heads * width..];
-            let count = chunk.len() / (heads * out_width);
-            for head in 0..heads {
-                let a = Mat::rows(&data[head * width..], heads * width);
-                let keys = head * (dn + self.dv);
-                let b = &Operand::run(&self.kv_b, keys..keys + dn, false);
-                let (c, c_stride) = (&mut chunk[head * out_width..], heads * out_width);
-                run_serial(Product { m: count, n: rank, k: dn, a, b, c, c_stride, accumulate: false });
-            }
-            for (to, from) in chunk.chunks_exact_mut(out_width).zip(data.chunks_exact(width)) {
-                to[rank..].copy_from_slice(&from[dn..]);
-            }
+            self.absorb(0..heads, &data[first * heads * width..], width, chunk);
         });
         Tensor::f32(&[rows, heads, out_width], out)
+    }
+
+    /// Absorbs heads `run` of queries `[.., heads, width]` to `out` `[.., run, rank + dr]`.
+    fn absorb(&self, run: Range<usize>, q: &[f32], width: usize, out: &mut [f32]) {
+        let (rank, dn, heads, count) = (self.rank, self.dn, self.heads, run.len());
+        let out_width = rank + width - dn;
+        let m = out.len() / (count * out_width);
+        for (i, head) in run.clone().enumerate() {
+            let a = Mat::rows(&q[head * width..], heads * width);
+            let (c, c_stride, b) = (&mut out[i * out_width..], count * out_width, &Operand::forward(&self.keys, head));
+            run_serial(Product { m, n: rank, k: dn, a, b, c, c_stride, accumulate: false });
+        }
+        for (i, to) in out.chunks_exact_mut(out_width).enumerate() {
+            let from = (i / count * heads + run.start + i % count) * width;
+            to[rank..].copy_from_slice(&q[from + dn..from + width]);
+        }
     }
 
     /// Expands results by W_UV: `[rows, heads, rank]` to `[rows, heads · dv]`.
@@ -110,23 +135,75 @@ impl Absorbed {
     /// # Panics
     /// When `o` has another shape.
     pub fn value(&self, o: &Tensor) -> Tensor {
-        let (rank, dn, dv, heads) = (self.rank(), self.dn, self.dv, self.heads);
+        let (rank, dv, heads) = (self.rank, self.dv, self.heads);
         let rows = o.shape()[0];
         assert_eq!(o.shape()[1..], [heads, rank], "latent results of another shape");
         let data = o.as_f32();
         let mut out = buffer(rows * heads * dv);
         for_row_chunks(&mut out, heads * dv, CHUNK_ROWS, heads * dv * rank, |first, chunk| {
-            let count = chunk.len() / (heads * dv);
-            for head in 0..heads {
-                let a = Mat::rows(&data[(first * heads + head) * rank..], heads * rank);
-                let values = head * (dn + dv) + dn;
-                let b = &Operand::run(&self.kv_b, values..values + dv, true);
-                let (c, c_stride) = (&mut chunk[head * dv..], heads * dv);
-                run_serial(Product { m: count, n: dv, k: rank, a, b, c, c_stride, accumulate: false });
-            }
+            self.expand(0..heads, &data[first * heads * rank..], chunk);
         });
         Tensor::f32(&[rows, heads * dv], out)
     }
+
+    /// Expands heads `run`: `o` `[.., run, rank]` to `out` `[.., run, dv]`.
+    fn expand(&self, run: Range<usize>, o: &[f32], out: &mut [f32]) {
+        let (rank, dv, count) = (self.rank, self.dv, run.len());
+        let m = out.len() / (count * dv);
+        for (i, head) in run.enumerate() {
+            let a = Mat::rows(&o[i * rank..], count * rank);
+            let (c, c_stride, b) = (&mut out[i * dv..], count * dv, &Operand::forward(&self.values, head));
+            run_serial(Product { m, n: dv, k: rank, a, b, c, c_stride, accumulate: false });
+        }
+    }
+}
+
+/// [`Absorbed::query`], [`forward`] and [`Absorbed::value`] in one: queries `[rows, heads, dn + dr]` to
+/// `[rows, heads · dv]`, one [`CacheRows`] per row.
+///
+/// # Panics
+/// When the sizes disagree, a row sees no token or more than its pages hold.
+pub fn attend(kv_b: &Absorbed, q: &Tensor, rows: &[CacheRows<'_>], scale: f32) -> Tensor {
+    let (heads, rank, dv, width) = (kv_b.heads, kv_b.rank, kv_b.dv, q.cols());
+    assert!(
+        q.shape()[..2] == [rows.len(), heads] && width >= kv_b.dn,
+        "queries {:?} of {} rows",
+        q.shape(),
+        rows.len()
+    );
+    let blocks = heads.div_ceil(HEADS_BLOCK);
+    // A task is some heads of some rows. How many changes no bit.
+    let chunk_rows = (rows.len() * blocks).div_ceil(2 * rayon::current_num_threads()).clamp(1, CHUNK_ROWS);
+    let chunks = rows.len().div_ceil(chunk_rows);
+    let seen_mean = rows.iter().map(|row| row.len).sum::<usize>() / rows.len().max(1);
+    let latent_width = rank + width - kv_b.dn;
+    let work = chunk_rows * HEADS_BLOCK * latent_width * (seen_mean + kv_b.dn);
+    let place = |task: usize| {
+        let (chunk, block) = (task / blocks, task % blocks);
+        let rows = chunk * chunk_rows..rows.len().min((chunk + 1) * chunk_rows);
+        (rows, block * HEADS_BLOCK..heads.min((block + 1) * HEADS_BLOCK))
+    };
+    let results = collect(chunks * blocks, work, |task| {
+        let (run, few) = place(task);
+        let mut out = vec![0.0; run.len() * few.len() * dv];
+        scratch::with_f32(run.len() * few.len() * latent_width, |absorbed| {
+            kv_b.absorb(few.clone(), &q.as_f32()[run.start * heads * width..], width, absorbed);
+            scratch::with_f32(run.len() * few.len() * rank, |latent| {
+                let walk = Walk { heads: few.len(), width: latent_width, rank, scale };
+                walk.run(absorbed, &rows[run.clone()], latent);
+                kv_b.expand(few.clone(), latent, &mut out);
+            });
+        });
+        out
+    });
+    let mut out = buffer(rows.len() * heads * dv);
+    for (task, result) in results.iter().enumerate() {
+        let (run, few) = place(task);
+        for (row, from) in run.zip(result.chunks_exact(few.len() * dv)) {
+            out[(row * heads + few.start) * dv..][..from.len()].copy_from_slice(from);
+        }
+    }
+    Tensor::f32(&[rows.len(), heads * dv], out)
 }
 
 /// [`Absorbed::query`] for one call. `q` is `[rows, heads, dn + dr]`.
@@ -148,86 +225,98 @@ pub fn forward(q: &Tensor, rows: &[CacheRows<'_>], rank: usize, scale: f32) -> T
     let &[count, heads, width] = q.shape() else { panic!("absorbed queries of shape {:?}", q.shape()) };
     assert!(count == rows.len() && rank <= width, "{count} queries over {} caches", rows.len());
     let data = q.as_f32();
-    let mut out = vec![0.0; count * heads * rank];
+    let mut out = buffer(count * heads * rank);
     let seen_mean = rows.iter().map(|row| row.len).sum::<usize>() / count.max(1);
     for_row_chunks(&mut out, heads * rank, 1, seen_mean * heads * width, |row, out| {
         let q = &data[row * heads * width..][..heads * width];
-        Walk::new(heads, width, rank, scale).run(q, rows[row], out);
+        Walk { heads, width, rank, scale }.run(q, &rows[row..=row], out);
     });
     Tensor::f32(&[count, heads, rank], out)
 }
 
-/// One query row's way through its pages.
+/// Sizes of absorbed queries `[rows, heads, width]` on their way through pages.
+#[derive(Clone, Copy)]
 struct Walk {
     heads: usize,
     width: usize,
     rank: usize,
     scale: f32,
-    /// Largest score and sum of exponentials so far, per head.
-    state: Vec<(f32, f32)>,
-    /// Scores of the current page, `[heads, page_tokens]`.
-    scores: Vec<f32>,
-    /// The current page in f32, when it is stored otherwise.
-    page: Vec<f32>,
 }
 
+/// Where one row's heads are: the largest score and the sum of exponentials so far.
+type State = Vec<(f32, f32)>;
+
 impl Walk {
-    fn new(heads: usize, width: usize, rank: usize, scale: f32) -> Self {
-        let state = vec![(f32::NEG_INFINITY, 0.0); heads];
-        Self { heads, width, rank, scale, state, scores: Vec::new(), page: Vec::new() }
+    /// Results `out` `[rows, heads, rank]`. Rows of one sequence read each page together.
+    fn run(self, q: &[f32], rows: &[CacheRows<'_>], out: &mut [f32]) {
+        let (q_len, out_len) = (self.heads * self.width, self.heads * self.rank);
+        let mut first = 0;
+        for same in rows.chunk_by(|a, b| std::ptr::eq(a.pages, b.pages)) {
+            let end = first + same.len();
+            self.run_sequence(&q[first * q_len..end * q_len], same, &mut out[first * out_len..end * out_len]);
+            first = end;
+        }
     }
 
-    fn run(&mut self, q: &[f32], rows: CacheRows<'_>, out: &mut [f32]) {
-        let mut left = rows.len;
-        for page in rows.pages {
-            if left == 0 {
+    /// Rows that see the same pages.
+    fn run_sequence(self, q: &[f32], rows: &[CacheRows<'_>], out: &mut [f32]) {
+        let Some(longest) = rows.iter().map(|row| row.len).max() else { return };
+        let mut states: Vec<State> = vec![vec![(f32::NEG_INFINITY, 0.0); self.heads]; rows.len()];
+        let mut scores = Vec::new();
+        out.fill(0.0);
+        let mut seen = 0;
+        for page in rows[0].pages {
+            if seen >= longest {
                 break;
             }
-            let tokens = left.min(page.len() / self.width);
-            left -= tokens;
-            match page {
-                Page::F32(data) => self.visit(q, &data[..tokens * self.width], out),
-                Page::Bf16(data) => {
-                    let mut page = std::mem::take(&mut self.page);
-                    page.resize(tokens * self.width, 0.0);
-                    widen(Isa::best(), &data[..tokens * self.width], &mut page);
-                    self.visit(q, &page, out);
-                    self.page = page;
+            let tokens = (longest - seen).min(page.len() / self.width);
+            let wide = if matches!(page, Page::Bf16(_)) { tokens * self.width } else { 0 };
+            scratch::with_f32(wide, |wide| {
+                let page = match page {
+                    Page::F32(data) => &data[..tokens * self.width],
+                    Page::Bf16(data) => {
+                        widen(Isa::best(), &data[..tokens * self.width], wide);
+                        &*wide
+                    }
+                };
+                let results = out.chunks_exact_mut(self.heads * self.rank);
+                let each = rows.iter().zip(&mut states).zip(q.chunks_exact(self.heads * self.width)).zip(results);
+                for (((row, state), q), out) in each {
+                    let tokens = row.len.saturating_sub(seen).min(tokens);
+                    if tokens > 0 {
+                        scores.resize(self.heads * tokens, 0.0);
+                        visit_page(Isa::best(), self, &mut scores, state, q, &page[..tokens * self.width], out);
+                    }
                 }
-            }
+            });
+            seen += tokens;
         }
-        assert!(left == 0 && rows.len > 0, "a query sees {} tokens, its pages lack {left}", rows.len);
-        for (out, (_, total)) in out.chunks_exact_mut(self.rank).zip(&self.state) {
-            let inverse = 1.0 / total;
-            for o in out {
-                *o *= inverse;
+        let results = out.chunks_exact_mut(self.heads * self.rank);
+        for ((row, state), out) in rows.iter().zip(&states).zip(results) {
+            let left = row.len.saturating_sub(seen);
+            assert!(left == 0 && row.len > 0, "a query sees {} tokens, its pages lack {left}", row.len);
+            for (out, (_, total)) in out.chunks_exact_mut(self.rank).zip(state) {
+                let inverse = 1.0 / total;
+                out.iter_mut().for_each(|o| *o *= inverse);
             }
-        }
-    }
-
-    /// Adds one page, `[tokens, width]`, to the running result.
-    fn visit(&mut self, q: &[f32], page: &[f32], out: &mut [f32]) {
-        let tokens = page.len() / self.width;
-        if tokens > 0 {
-            self.scores.resize(self.heads * tokens, 0.0);
-            visit_page(Isa::best(), self, q, page, out);
         }
     }
 }
 
 simd_fn! {
-    fn visit_page(walk: &mut Walk, q: &[f32], page: &[f32], out: &mut [f32]) {
+    /// Adds one page, `[tokens, width]`, to one row's running result.
+    fn visit_page(walk: Walk, all: &mut [f32], state: &mut [(f32, f32)], q: &[f32], page: &[f32], out: &mut [f32]) {
         let (width, rank) = (walk.width, walk.rank);
         let tokens = page.len() / width;
         let blocked = walk.heads / HEADS_BLOCK * HEADS_BLOCK;
-        let (scores, scores_rest) = walk.scores.split_at_mut(blocked * tokens);
+        let (scores, scores_rest) = all.split_at_mut(blocked * tokens);
         for (q, scores) in q.chunks_exact(HEADS_BLOCK * width).zip(scores.chunks_exact_mut(HEADS_BLOCK * tokens)) {
             score::<HEADS_BLOCK>(q, page, width, scores);
         }
         for (q, scores) in q[blocked * width..].chunks_exact(width).zip(scores_rest.chunks_exact_mut(tokens)) {
             score::<1>(q, page, width, scores);
         }
-        let heads = walk.scores.chunks_exact_mut(tokens).zip(&mut walk.state).zip(out.chunks_exact_mut(rank));
+        let heads = all.chunks_exact_mut(tokens).zip(state.iter_mut()).zip(out.chunks_exact_mut(rank));
         for ((scores, state), out) in heads {
             for s in scores.iter_mut() {
                 *s *= walk.scale;
@@ -240,7 +329,7 @@ simd_fn! {
                 *o *= rescale;
             }
         }
-        let (p, p_rest) = walk.scores.split_at(blocked * tokens);
+        let (p, p_rest) = all.split_at(blocked * tokens);
         let (out, out_rest) = out.split_at_mut(blocked * rank);
         for (p, out) in p.chunks_exact(HEADS_BLOCK * tokens).zip(out.chunks_exact_mut(HEADS_BLOCK * rank)) {
             add_values::<HEADS_BLOCK>(p, page, width, rank, out);

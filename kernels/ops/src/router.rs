@@ -9,7 +9,7 @@ use crate::gemm::{Mat, gemm};
 use crate::isa::{Isa, simd_fn};
 use crate::memory::buffer;
 use crate::vector::{collect, for_row_chunks, sigmoid};
-use crate::{Back, Grads, Job, Param, ParamId, Tape, Tensor, Var, VarId, Weight};
+use crate::{Back, Grads, Job, Param, ParamId, Tape, Tensor, Var, VarId, Weight, linear};
 
 /// Tokens a thread routes at a time.
 const CHUNK_TOKENS: usize = 64;
@@ -33,26 +33,23 @@ pub struct Config {
 
 /// Affinity of every token to every expert: σ(x·wᵀ), `[tokens, experts]`.
 pub fn scores_forward(x: &Tensor, w: &Weight) -> Tensor {
-    scores(x, &w.dequantize())
+    scores(x, w)
 }
 
 /// [`scores_forward`] with the gradients of `x` and `w`.
 pub fn scores_on_tape(tape: &mut Tape, x: &Var, w: &Param) -> Var {
-    let weight = w.compute.dequantize();
-    let value = scores(&x.value, &weight);
+    let value = scores(&x.value, &w.compute);
     let (input, param, scores) = (x.clone(), w.id, value.clone());
-    tape.push(value, |out| Box::new(ScoresBack { input, weight, scores, param, out }))
+    tape.push(value, |out| Box::new(ScoresBack { input, weight: w.compute.dequantize(), scores, param, out }))
 }
 
-fn scores(x: &Tensor, w: &Tensor) -> Tensor {
-    let (tokens, d, experts) = (x.rows(), x.cols(), w.rows());
-    assert_eq!(d, w.cols(), "router of width {} on {:?}", w.cols(), x.shape());
-    let mut out = buffer(tokens * experts);
-    gemm(tokens, experts, d, Mat::rows(x.as_f32(), d), Mat::transposed(w.as_f32(), d), &mut out, experts, false);
-    for_row_chunks(&mut out, experts, CHUNK_TOKENS, 8 * experts, |_, chunk| {
+fn scores(x: &Tensor, w: &Weight) -> Tensor {
+    let experts = w.outputs();
+    let mut scores = linear::forward_unrounded(x, w);
+    for_row_chunks(scores.as_f32_mut(), experts, CHUNK_TOKENS, 8 * experts, |_, chunk| {
         sigmoid_chunk(Isa::best(), chunk);
     });
-    Tensor::f32(&[tokens, experts], out)
+    scores.reshape(&[x.rows(), experts])
 }
 
 simd_fn! {

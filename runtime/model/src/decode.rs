@@ -10,13 +10,17 @@
 //! **Invariant**: a token's hidden state is the same bits alone, in any batch, and however its prompt was cut into chunks:
 //! every op works row by row, and attention reads the cache only.
 
+mod feedforward;
+
 use std::sync::Arc;
 
+use dsv3_ops::layers::{self, Layer};
 use dsv3_ops::mla_decode::{self, Absorbed, CacheRows};
-use dsv3_ops::{Param, Tape, Tensor, Var, Weight, columns, elementwise, linear, rms_norm, rope};
+use dsv3_ops::{Param, Tape, Tensor, Weight, columns, elementwise, linear, rms_norm, rope, with_threads_awake};
 
-use crate::block::Block;
+use crate::block::{Block, Feedforward};
 use crate::kv_cache::{LatentCache, SeqId};
+use crate::mla::Query;
 use crate::weight_names::{KV_B, ParamInfo, Role};
 use crate::{Error, Model};
 
@@ -49,12 +53,12 @@ pub(crate) struct Prepared {
 }
 
 /// Whether products of decoding read the parameter in panels, so that a product of few rows reads every byte once. Absorbed
-/// attention reads the heads of `kv_b` one by one and an embedding is looked up, so these stay in rows.
+/// attention has its own layout of `kv_b` and an embedding is looked up, so these stay in rows.
 pub(crate) fn is_prepacked(info: &ParamInfo) -> bool {
     match info.role {
         Role::Linear => !info.name.ends_with(KV_B),
-        Role::Projection | Role::Head => true,
-        Role::Embedding | Role::Norm | Role::Router => false,
+        Role::Projection | Role::Head | Role::Router => true,
+        Role::Embedding | Role::Norm => false,
     }
 }
 
@@ -107,7 +111,8 @@ impl Model {
     /// Logits `[rows, vocab]` of hidden states `[rows, d]` that went through `model.norm` (or `shared_head.norm`), F32:
     /// hidden states are not rounded whatever the head's encoding, as in training.
     pub fn logits(&self, hidden: &Tensor) -> Tensor {
-        linear::forward_unrounded(hidden, &self.prepared().params[self.graph().head as usize].compute)
+        let head = &self.prepared().params[self.graph().head as usize].compute;
+        with_threads_awake(|| linear::forward_unrounded(hidden, head))
     }
 
     /// Runs the new tokens of every step and adds them to the cache. Returns the hidden states after `model.norm`,
@@ -120,14 +125,19 @@ impl Model {
         self.check_new(steps.iter().map(|step| (step.ids, cache.len(step.seq))))?;
         cache.reserve(&counts)?;
         let rows = Rows::new(counts.iter().map(|(seq, count)| (*seq, cache.len(*seq), *count)).collect());
-        let (tape, prepared) = (&mut Tape::inference(), self.prepared());
+        let prepared = self.prepared();
         let ids: Vec<u32> = steps.iter().flat_map(|step| step.ids.iter().copied()).collect();
-        let mut x = self.embed(tape, &ids);
-        for (layer, block) in self.graph().blocks.iter().enumerate() {
-            x = self.block_cached(tape, prepared, block, layer, &x, cache, &rows);
-        }
+        let hidden = with_threads_awake(|| {
+            let tape = &mut Tape::inference();
+            let mut x = self.embed(tape, &ids).value;
+            for (layer, block) in self.graph().blocks.iter().enumerate() {
+                x = self.block_cached(prepared, block, layer, &x, cache, &rows);
+            }
+            let x = tape.leaf(x);
+            self.final_norm(tape, &x).value
+        });
         counts.iter().for_each(|(seq, count)| cache.advance(*seq, *count));
-        Ok(self.final_norm(tape, &x).value)
+        Ok(hidden)
     }
 
     /// Runs prediction module `module` (from 0) on new rows. Returns the hidden states after `shared_head.norm`,
@@ -165,11 +175,14 @@ impl Model {
         let hidden: Vec<f32> = steps.iter().flat_map(|step| step.hidden.iter().copied()).collect();
         let hidden = tape.leaf(Tensor::f32(&[ids.len(), d], hidden));
         let embedded = self.embed(tape, &ids);
-        let x = parts.combine(tape, &prepared.params, &embedded, &hidden, self.shape.eps);
         let layer = self.config.num_hidden_layers + module;
-        let x = self.block_cached(tape, prepared, &parts.block, layer, &x, cache, &rows);
+        let hidden = with_threads_awake(|| {
+            let x = parts.combine(tape, &prepared.params, &embedded, &hidden, self.shape.eps).value;
+            let x = self.block_cached(prepared, &parts.block, layer, &x, cache, &rows);
+            rms_norm::forward(&x, &prepared.params[parts.norm as usize].compute, self.shape.eps)
+        });
         steps.iter().for_each(|step| cache.advance_mtp(step.seq, module, step.ids.len()));
-        Ok(rms_norm::on_tape(tape, &x, &prepared.params[parts.norm as usize], self.shape.eps).value)
+        Ok(hidden)
     }
 
     /// Refuses tokens outside the vocabulary, empty steps and positions beyond the last.
@@ -194,48 +207,51 @@ impl Model {
     /// One layer on new rows `x` `[R, d]`; `layer` numbers its rows in the cache.
     fn block_cached(
         &self,
-        tape: &mut Tape,
         prepared: &Prepared,
         block: &Block,
         layer: usize,
-        x: &Var,
+        x: &Tensor,
         cache: &mut LatentCache,
         rows: &Rows,
-    ) -> Var {
+    ) -> Tensor {
         let (w, eps) = (&prepared.params, self.shape.eps);
-        let h = rms_norm::on_tape(tape, x, &w[block.input_norm as usize], eps);
-        let h = self.attention_cached(tape, prepared, block, layer, &h, cache, rows);
-        let x = elementwise::add_on_tape(tape, x, &h);
-        let h = rms_norm::on_tape(tape, &x, &w[block.post_norm as usize], eps);
-        let (h, _) = block.feedforward.forward(tape, w, &self.biases, &h, &self.shape);
-        elementwise::add_on_tape(tape, &x, &h)
+        let h = rms_norm::forward(x, &w[block.input_norm as usize].compute, eps);
+        let h = self.attention_cached(prepared, block, layer, &h, cache, rows);
+        let x = elementwise::add(x, &h);
+        let h = rms_norm::forward(&x, &w[block.post_norm as usize].compute, eps);
+        let h = match &block.feedforward {
+            Feedforward::Dense(mlp) => mlp.infer(w, &h),
+            Feedforward::Moe(moe) => moe.infer(w, &self.biases[moe.bias], &self.shape.router, &h),
+        };
+        elementwise::add(&x, &h)
     }
 
     fn attention_cached(
         &self,
-        tape: &mut Tape,
         prepared: &Prepared,
         block: &Block,
         layer: usize,
-        x: &Var,
+        x: &Tensor,
         cache: &mut LatentCache,
         rows: &Rows,
-    ) -> Var {
-        let (shape, w, attention) = (&*self.shape, &prepared.params, &block.attention);
-        let count = x.value.rows();
-        let (q, latent) = attention.project(tape, w, x, shape.eps);
-        let (c, k_rope) = columns::split(&latent.value, shape.rank);
-        let c = rms_norm::forward(&c, &w[attention.kv_a_norm as usize].compute, shape.eps);
-        let c = linear::rounded_input(&c, &w[attention.kv_b as usize].compute);
-        let k_rope = rope::forward(&k_rope, 0, &rows.positions, &shape.table);
-        let (c, k_rope) = (c.as_f32().chunks_exact(shape.rank), k_rope.as_f32().chunks_exact(shape.rope));
-        let places = rows.steps.iter().flat_map(|(seq, first, count)| (*first..first + count).map(move |p| (*seq, p)));
-        for (((seq, position), c), k_rope) in places.zip(c).zip(k_rope) {
-            cache.write(layer, seq, position, c, k_rope);
-        }
-        let q = q.value.reshape(&[count, shape.heads, shape.nope + shape.rope]);
+    ) -> Tensor {
+        let (shape, attention) = (&*self.shape, &block.attention);
+        let w = |id: u32| &prepared.params[id as usize].compute;
+        let first = match attention.query {
+            Query::Direct(q) => w(q),
+            Query::LowRank { a, .. } => w(a),
+        };
+        let of_input = |w| Layer { x, offsets: None, w };
+        let mut both = layers::forward(&[of_input(first), of_input(w(attention.kv_a))]);
+        let (latent, q) = (both.pop(), both.pop());
+        let (Some(latent), Some(q)) = (latent, q) else { unreachable!("two weights, two products") };
+        let q = match attention.query {
+            Query::Direct(_) => q,
+            Query::LowRank { norm, b, .. } => linear::forward(&rms_norm::forward(&q, w(norm), shape.eps), w(b)),
+        };
+        self.write_latents(&latent, w(attention.kv_a_norm), w(attention.kv_b), layer, cache, rows);
+        let q = q.reshape(&[x.rows(), shape.heads, shape.nope + shape.rope]);
         let q = rope::forward(&q, shape.nope, &rows.positions, &shape.table);
-        let q = prepared.absorbed[layer].query(&q);
         let pages: Vec<_> = rows.steps.iter().map(|(seq, ..)| cache.pages(layer, *seq)).collect();
         let seen: Vec<CacheRows<'_>> = rows
             .steps
@@ -245,9 +261,29 @@ impl Model {
                 (*first..first + count).map(move |position| CacheRows { pages, len: position + 1 })
             })
             .collect();
-        let o = mla_decode::forward(&q, &seen, shape.rank, shape.scale);
-        let o = tape.leaf(prepared.absorbed[layer].value(&o));
-        linear::on_tape(tape, &o, &w[attention.o as usize])
+        let o = mla_decode::attend(&prepared.absorbed[layer], &q, &seen, shape.scale);
+        linear::forward(&o, w(attention.o))
+    }
+
+    /// Norms, rounds and rotates new latent rows `[R, rank + dr]`, and puts them into the cache.
+    fn write_latents(
+        &self,
+        latent: &Tensor,
+        norm: &Weight,
+        kv_b: &Weight,
+        layer: usize,
+        cache: &mut LatentCache,
+        rows: &Rows,
+    ) {
+        let shape = &*self.shape;
+        let (c, k_rope) = columns::split(latent, shape.rank);
+        let c = linear::rounded_input(&rms_norm::forward(&c, norm, shape.eps), kv_b);
+        let k_rope = rope::forward(&k_rope, 0, &rows.positions, &shape.table);
+        let (c, k_rope) = (c.as_f32().chunks_exact(shape.rank), k_rope.as_f32().chunks_exact(shape.rope));
+        let places = rows.steps.iter().flat_map(|(seq, first, count)| (*first..first + count).map(move |p| (*seq, p)));
+        for (((seq, position), c), k_rope) in places.zip(c).zip(k_rope) {
+            cache.write(layer, seq, position, c, k_rope);
+        }
     }
 }
 

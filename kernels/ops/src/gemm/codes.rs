@@ -99,13 +99,19 @@ impl Right for Scaled<'_> {
 
 /// Runs independent products, tiles of all of them in parallel.
 pub(crate) fn run_codes(isa: Isa, products: &mut [CodeProduct<'_>]) {
-    assert!(isa.has_bf16_dot() || products.iter().all(|p| p.form == Form::F32), "pairs need their dot product");
-    let checked = products.iter_mut().map(|CodeProduct { product, form, row_scales }| {
+    run_mixed(isa, &mut [], products);
+}
+
+/// As [`run_codes`], with plain products beside them.
+pub(crate) fn run_mixed(isa: Isa, plain: &mut [Product<'_>], codes: &mut [CodeProduct<'_>]) {
+    assert!(isa.has_bf16_dot() || codes.iter().all(|p| p.form == Form::F32), "pairs need their dot product");
+    let mut checked: Vec<_> = plain.iter_mut().map(check).collect();
+    checked.extend(codes.iter_mut().map(|CodeProduct { product, form, row_scales }| {
         let blocks = product.k.div_ceil(form.block());
         let last =
             product.m.saturating_sub(1) * row_scales.row_stride + blocks.saturating_sub(1) * row_scales.block_stride;
         assert!(product.m == 0 || blocks == 0 || last < row_scales.data.len(), "gemm: A has too few scales");
         Checked { form: *form, row_scales: Some(*row_scales), ..check(product) }
-    });
-    run_checked(isa, &checked.collect::<Vec<_>>());
+    }));
+    run_checked(isa, &checked);
 }
