@@ -9,23 +9,25 @@
 //! **Invariant**: the result of a query row is a function of that row, its pages and its length only, bit for bit: the
 //! same alone, in any batch, and however a prompt was cut into chunks.
 
+mod page;
+
 use std::ops::Range;
 
 use half::bf16;
 
 use crate::gemm::{Mat, Product, run_serial};
-use crate::isa::{Isa, simd_fn};
+use crate::isa::Isa;
+
+use page::HEADS_BLOCK;
 
 use crate::bfloat::widen;
 use crate::memory::buffer;
-use crate::vector::{LANES, collect, exp, exp_in_place, fold, for_row_chunks, max};
+use crate::vector::{collect, for_row_chunks};
 use crate::weight::Operand;
-use crate::{Precision, Tensor, Weight, scratch};
+use crate::{Tensor, Weight, scratch};
 
 /// Query rows a thread multiplies at a time.
 const CHUNK_ROWS: usize = 32;
-/// Heads that share the loads of a cache row.
-const HEADS_BLOCK: usize = 4;
 
 /// One page of cache rows, `[page_tokens, rank + dr]`.
 #[derive(Clone, Copy, Debug)]
@@ -54,47 +56,30 @@ pub struct CacheRows<'a> {
     pub len: usize,
 }
 
-/// kv_b for absorbed attention: both halves of every head as products over few rows read them, in panels. BF16 stays
-/// BF16; of FP8 the values are kept, since a run of W_UK over outputs crosses the tiles of its scales.
+/// kv_b for absorbed attention, in its own encoding: products decode it as they read it.
 #[derive(Clone, Debug)]
 pub struct Absorbed {
-    /// W_UKᵀ, `[heads, rank, dn]`.
-    keys: Weight,
-    /// W_UV, `[heads, dv, rank]`.
-    values: Weight,
+    /// `[heads · (dn + dv), rank]`, in the row layout.
+    kv_b: Weight,
     heads: usize,
     dn: usize,
     dv: usize,
-    rank: usize,
 }
 
 impl Absorbed {
-    /// Lays out `kv_b`.
+    /// Shares `kv_b`; copies it when it is prepacked.
     ///
     /// # Panics
     /// When its rows are not `heads · (dn + dv)`.
     pub fn new(kv_b: &Weight, heads: usize, dn: usize, dv: usize) -> Self {
-        let (rank, dense) = (kv_b.inputs(), kv_b.dequantize());
+        let kv_b = kv_b.in_rows();
         assert_eq!(kv_b.outputs(), heads * (dn + dv), "kv_b {:?} for {heads} heads of {dn} + {dv}", kv_b.shape());
-        let (mut keys, mut values) = (buffer(heads * rank * dn), buffer(heads * dv * rank));
-        for (head, rows) in dense.as_f32().chunks_exact(((dn + dv) * rank).max(1)).enumerate() {
-            let (k, v) = rows.split_at(dn * rank);
-            values[head * dv * rank..][..dv * rank].copy_from_slice(v);
-            for (j, row) in k.chunks_exact(rank).enumerate() {
-                for (i, x) in row.iter().enumerate() {
-                    keys[(head * rank + i) * dn + j] = *x;
-                }
-            }
-        }
-        let precision = if kv_b.precision() == Precision::Bf16 { Precision::Bf16 } else { Precision::F32 };
-        let packed = |shape: &[usize], data| Weight::encode(&Tensor::f32(shape, data), &precision).prepack();
-        let (keys, values) = (packed(&[heads, rank, dn], keys), packed(&[heads, dv, rank], values));
-        Self { keys, values, heads, dn, dv, rank }
+        Self { kv_b, heads, dn, dv }
     }
 
     /// Width of a latent.
     pub fn rank(&self) -> usize {
-        self.rank
+        self.kv_b.inputs()
     }
 
     /// Absorbs W_UK into queries: `[rows, heads, dn + dr]` to `[rows, heads, rank + dr]`; the rotary part is copied.
@@ -102,7 +87,7 @@ impl Absorbed {
     /// # Panics
     /// When `q` has another shape.
     pub fn query(&self, q: &Tensor) -> Tensor {
-        let (rank, dn, heads) = (self.rank, self.dn, self.heads);
+        let (rank, dn, heads) = (self.rank(), self.dn, self.heads);
         let (rows, width) = (q.shape()[0], q.cols());
         assert!(q.shape()[1] == heads && width >= dn, "queries {:?} for {heads} heads of {dn}", q.shape());
         let out_width = rank + width - dn;
@@ -116,12 +101,14 @@ impl Absorbed {
 
     /// Absorbs heads `run` of queries `[.., heads, width]` to `out` `[.., run, rank + dr]`.
     fn absorb(&self, run: Range<usize>, q: &[f32], width: usize, out: &mut [f32]) {
-        let (rank, dn, heads, count) = (self.rank, self.dn, self.heads, run.len());
+        let (rank, dn, heads, count) = (self.rank(), self.dn, self.heads, run.len());
         let out_width = rank + width - dn;
         let m = out.len() / (count * out_width);
         for (i, head) in run.clone().enumerate() {
             let a = Mat::rows(&q[head * width..], heads * width);
-            let (c, c_stride, b) = (&mut out[i * out_width..], count * out_width, &Operand::forward(&self.keys, head));
+            let keys = head * (dn + self.dv);
+            let b = &Operand::run(&self.kv_b, keys..keys + dn, false);
+            let (c, c_stride) = (&mut out[i * out_width..], count * out_width);
             run_serial(Product { m, n: rank, k: dn, a, b, c, c_stride, accumulate: false });
         }
         for (i, to) in out.chunks_exact_mut(out_width).enumerate() {
@@ -135,7 +122,7 @@ impl Absorbed {
     /// # Panics
     /// When `o` has another shape.
     pub fn value(&self, o: &Tensor) -> Tensor {
-        let (rank, dv, heads) = (self.rank, self.dv, self.heads);
+        let (rank, dv, heads) = (self.rank(), self.dv, self.heads);
         let rows = o.shape()[0];
         assert_eq!(o.shape()[1..], [heads, rank], "latent results of another shape");
         let data = o.as_f32();
@@ -148,11 +135,13 @@ impl Absorbed {
 
     /// Expands heads `run`: `o` `[.., run, rank]` to `out` `[.., run, dv]`.
     fn expand(&self, run: Range<usize>, o: &[f32], out: &mut [f32]) {
-        let (rank, dv, count) = (self.rank, self.dv, run.len());
+        let (rank, dv, count) = (self.rank(), self.dv, run.len());
         let m = out.len() / (count * dv);
         for (i, head) in run.enumerate() {
             let a = Mat::rows(&o[i * rank..], count * rank);
-            let (c, c_stride, b) = (&mut out[i * dv..], count * dv, &Operand::forward(&self.values, head));
+            let values = head * (self.dn + dv) + self.dn;
+            let b = &Operand::run(&self.kv_b, values..values + dv, true);
+            let (c, c_stride) = (&mut out[i * dv..], count * dv);
             run_serial(Product { m, n: dv, k: rank, a, b, c, c_stride, accumulate: false });
         }
     }
@@ -164,7 +153,7 @@ impl Absorbed {
 /// # Panics
 /// When the sizes disagree, a row sees no token or more than its pages hold.
 pub fn attend(kv_b: &Absorbed, q: &Tensor, rows: &[CacheRows<'_>], scale: f32) -> Tensor {
-    let (heads, rank, dv, width) = (kv_b.heads, kv_b.rank, kv_b.dv, q.cols());
+    let (heads, rank, dv, width) = (kv_b.heads, kv_b.rank(), kv_b.dv, q.cols());
     assert!(
         q.shape()[..2] == [rows.len(), heads] && width >= kv_b.dn,
         "queries {:?} of {} rows",
@@ -285,7 +274,7 @@ impl Walk {
                     let tokens = row.len.saturating_sub(seen).min(tokens);
                     if tokens > 0 {
                         scores.resize(self.heads * tokens, 0.0);
-                        visit_page(Isa::best(), self, &mut scores, state, q, &page[..tokens * self.width], out);
+                        page::visit(Isa::best(), self, &mut scores, state, q, &page[..tokens * self.width], out);
                     }
                 }
             });
@@ -299,101 +288,6 @@ impl Walk {
                 let inverse = 1.0 / total;
                 out.iter_mut().for_each(|o| *o *= inverse);
             }
-        }
-    }
-}
-
-simd_fn! {
-    /// Adds one page, `[tokens, width]`, to one row's running result.
-    fn visit_page(walk: Walk, all: &mut [f32], state: &mut [(f32, f32)], q: &[f32], page: &[f32], out: &mut [f32]) {
-        let (width, rank) = (walk.width, walk.rank);
-        let tokens = page.len() / width;
-        let blocked = walk.heads / HEADS_BLOCK * HEADS_BLOCK;
-        let (scores, scores_rest) = all.split_at_mut(blocked * tokens);
-        for (q, scores) in q.chunks_exact(HEADS_BLOCK * width).zip(scores.chunks_exact_mut(HEADS_BLOCK * tokens)) {
-            score::<HEADS_BLOCK>(q, page, width, scores);
-        }
-        for (q, scores) in q[blocked * width..].chunks_exact(width).zip(scores_rest.chunks_exact_mut(tokens)) {
-            score::<1>(q, page, width, scores);
-        }
-        let heads = all.chunks_exact_mut(tokens).zip(state.iter_mut()).zip(out.chunks_exact_mut(rank));
-        for ((scores, state), out) in heads {
-            for s in scores.iter_mut() {
-                *s *= walk.scale;
-            }
-            let largest = max(scores).max(state.0);
-            let rescale = exp(state.0 - largest);
-            let total = exp_in_place(scores, largest);
-            *state = (largest, state.1 * rescale + total);
-            for o in out.iter_mut() {
-                *o *= rescale;
-            }
-        }
-        let (p, p_rest) = all.split_at(blocked * tokens);
-        let (out, out_rest) = out.split_at_mut(blocked * rank);
-        for (p, out) in p.chunks_exact(HEADS_BLOCK * tokens).zip(out.chunks_exact_mut(HEADS_BLOCK * rank)) {
-            add_values::<HEADS_BLOCK>(p, page, width, rank, out);
-        }
-        for (p, out) in p_rest.chunks_exact(tokens).zip(out_rest.chunks_exact_mut(rank)) {
-            add_values::<1>(p, page, width, rank, out);
-        }
-    }
-}
-
-/// `scores[h][j] = q[h] · page[j]` for H heads, which share the loads of a key.
-#[inline(always)]
-fn score<const H: usize>(q: &[f32], page: &[f32], width: usize, scores: &mut [f32]) {
-    let tokens = page.len() / width;
-    let whole = width / LANES * LANES;
-    for (j, key) in page.chunks_exact(width).enumerate() {
-        let mut sums = [[0.0_f32; LANES]; H];
-        for at in (0..whole).step_by(LANES) {
-            let key = &key[at..at + LANES];
-            for h in 0..H {
-                let q = &q[h * width + at..][..LANES];
-                for i in 0..LANES {
-                    sums[h][i] = q[i].mul_add(key[i], sums[h][i]);
-                }
-            }
-        }
-        for h in 0..H {
-            for i in 0..width - whole {
-                sums[h][i] = q[h * width + whole + i].mul_add(key[whole + i], sums[h][i]);
-            }
-            scores[h * tokens + j] = fold(sums[h]);
-        }
-    }
-}
-
-/// `out[h] += Σ_j p[h][j] · page[j][..rank]` in order of j, for H heads, with the sums of 16 columns in registers.
-#[inline(always)]
-fn add_values<const H: usize>(p: &[f32], page: &[f32], width: usize, rank: usize, out: &mut [f32]) {
-    let tokens = page.len() / width;
-    let whole = rank / LANES * LANES;
-    for at in (0..whole).step_by(LANES) {
-        let mut sums = [[0.0_f32; LANES]; H];
-        for h in 0..H {
-            sums[h].copy_from_slice(&out[h * rank + at..][..LANES]);
-        }
-        for (j, key) in page.chunks_exact(width).enumerate() {
-            let key = &key[at..at + LANES];
-            for h in 0..H {
-                for i in 0..LANES {
-                    sums[h][i] = p[h * tokens + j].mul_add(key[i], sums[h][i]);
-                }
-            }
-        }
-        for h in 0..H {
-            out[h * rank + at..][..LANES].copy_from_slice(&sums[h]);
-        }
-    }
-    for h in 0..H {
-        for column in whole..rank {
-            let mut sum = out[h * rank + column];
-            for j in 0..tokens {
-                sum = p[h * tokens + j].mul_add(page[j * width + column], sum);
-            }
-            out[h * rank + column] = sum;
         }
     }
 }

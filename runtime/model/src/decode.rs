@@ -53,7 +53,7 @@ pub(crate) struct Prepared {
 }
 
 /// Whether products of decoding read the parameter in panels, so that a product of few rows reads every byte once. Absorbed
-/// attention has its own layout of `kv_b` and an embedding is looked up, so these stay in rows.
+/// attention reads the heads of `kv_b` one by one and an embedding is looked up, so these stay in rows.
 pub(crate) fn is_prepacked(info: &ParamInfo) -> bool {
     match info.role {
         Role::Linear => !info.name.ends_with(KV_B),

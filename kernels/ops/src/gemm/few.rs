@@ -11,7 +11,7 @@ use half::bf16;
 
 use super::{BLOCK_K, PANEL};
 use crate::fp8::Encoding;
-use crate::isa::{Isa, Kind};
+use crate::isa::Isa;
 use crate::weight::panel_len;
 
 /// Rows that pass over a panel together.
@@ -52,7 +52,7 @@ pub(super) struct Out {
 pub(super) fn has_kernel(isa: Isa, elements: Elements<'_>, pairs: bool) -> bool {
     match isa.kind() {
         #[cfg(target_arch = "x86_64")]
-        Kind::Avx512 => pairs == matches!(elements, Elements::Codes(..)) && (!pairs || isa.has_bf16_dot()),
+        crate::isa::Kind::Avx512 => pairs == matches!(elements, Elements::Codes(..)) && (!pairs || isa.has_bf16_dot()),
         _ => false,
     }
 }
