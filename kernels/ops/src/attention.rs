@@ -5,7 +5,8 @@
 //! k_rope `[tokens, dr]`, o `[tokens, heads · dv]`; no token looks across a [`Spans`] boundary.
 //!
 //! Work is divided by (sequence, head). Inside, tiles of [`TILE`] queries meet all keys up to their last one, so
-//! scores take `TILE` × length floats per thread and never length². Saved: the inputs and log-sum-exp per query; the
+//! scores take `TILE` × length floats per thread and never length²; products go by parts of [`PART`] queries, which leave
+//! out what none of them sees. Saved: the inputs and log-sum-exp per query; the
 //! output is not, D below needs none, so the linear layer after attention holds its only copy.
 //! Backward, per tile, with P computed again: D_i = Σ_j P_ij dP_ij, dS = P ∘ (dP − D), dP = dO·Vᵀ; dQ = scale · dS·K,
 //! dK += scale · dSᵀ·Q, dV += Pᵀ·dO, tiles in order; the shared key's gradient adds heads in order.
@@ -26,6 +27,8 @@ use crate::{Back, Grads, Job, Spans, Tape, Tensor, Var, VarId};
 
 /// Queries computed together.
 const TILE: usize = 64;
+/// Queries of a product with the keys up to their last one; a panel's width.
+const PART: usize = 32;
 
 /// Sizes of one call.
 #[derive(Clone, Copy, Debug)]
@@ -76,14 +79,18 @@ struct Inputs<'a> {
 
 impl<'a> Inputs<'a> {
     /// Scaled keys of one head with the rotary part appended, contiguous: `[len, dq]`.
-    fn scaled_keys(&self, first: usize, len: usize, head: usize) -> Vec<f32> {
+    fn scaled_keys(&self, first: usize, len: usize, head: usize) -> Tensor {
         let s = self.sizes;
-        let mut keys = Vec::with_capacity(len * s.dq());
-        for token in first..first + len {
-            let plain = &self.kv[(token * s.heads + head) * s.dkv()..][..s.dn];
-            let rotary = &self.k_rope[token * s.dr..][..s.dr];
-            keys.extend(plain.iter().chain(rotary).map(|k| k * self.scale));
-        }
+        let mut keys = scratch(len * s.dq());
+        let plain = &self.kv[(first * s.heads + head) * s.dkv()..];
+        scale_keys(
+            Isa::best(),
+            (plain, s.heads * s.dkv()),
+            &self.k_rope[first * s.dr..],
+            s,
+            self.scale,
+            keys.as_f32_mut(),
+        );
         keys
     }
 
@@ -98,13 +105,34 @@ impl<'a> Inputs<'a> {
     }
 }
 
-/// `c[m, n] (+)= a[m, k] · b[k, n]` in the calling thread, `c` contiguous.
-fn product([m, n, k]: [usize; 3], a: Mat<'_>, b: &dyn Right, c: &mut [f32], accumulate: bool) {
-    gemm::run_serial(Product { m, n, k, a, b, c, c_stride: n, accumulate });
+simd_fn! {
+    /// One head's keys, `plain.1` apart, beside the rotary ones, all times `scale`.
+    fn scale_keys(plain: (&[f32], usize), rotary: &[f32], s: Sizes, scale: f32, out: &mut [f32]) {
+        for (token, out) in out.chunks_exact_mut(s.dq()).enumerate() {
+            let (here, rest) = out.split_at_mut(s.dn);
+            for (out, k) in here.iter_mut().zip(&plain.0[token * plain.1..][..s.dn]) {
+                *out = k * scale;
+            }
+            for (out, k) in rest.iter_mut().zip(&rotary[token * s.dr..][..s.dr]) {
+                *out = k * scale;
+            }
+        }
+    }
+}
+
+/// `c[m, n] (+)= a[m, k] · b[k, n]` in the calling thread, rows of `c` being `c_stride` apart.
+fn product([m, n, k]: [usize; 3], a: Mat<'_>, b: &dyn Right, c: &mut [f32], c_stride: usize, accumulate: bool) {
+    gemm::run_serial(Product { m, n, k, a, b, c, c_stride, accumulate });
 }
 
 fn tiles(len: usize) -> impl Iterator<Item = Range<usize>> {
-    (0..len.div_ceil(TILE)).map(move |i| i * TILE..len.min((i + 1) * TILE))
+    cut(0..len, TILE)
+}
+
+/// Pieces of at most `size`.
+fn cut(range: Range<usize>, size: usize) -> impl Iterator<Item = Range<usize>> {
+    let end = range.end;
+    range.step_by(size).map(move |start| start..end.min(start + size))
 }
 
 /// Attention output `[tokens, heads · dv]`.
@@ -171,18 +199,25 @@ fn evaluate(q: &Tensor, kv: &Tensor, k_rope: &Tensor, spans: &Spans, scale: f32)
 
 fn one_head(inputs: &Inputs<'_>, range: Range<usize>, head: usize, out: &mut [f32], logsumexp: &mut [f32]) {
     let (first, len, dq, dv) = (range.start, range.len(), inputs.sizes.dq(), inputs.sizes.dv);
-    let keys = Panels::new(Mat::transposed(&inputs.scaled_keys(first, len, head), dq), dq, len);
+    let keys = Panels::new(Mat::transposed(inputs.scaled_keys(first, len, head).as_f32(), dq), dq, len);
     let values = Panels::new(inputs.values(first, head), len, dv);
     let mut scores = scratch(TILE.min(len) * len);
     for tile in tiles(len) {
         let (rows, width) = (tile.len(), tile.end);
+        let row = |part: &Range<usize>| part.start - tile.start;
         let scores = &mut scores.as_f32_mut()[..rows * width];
-        product([rows, width, dq], inputs.queries(first + tile.start, head), &keys, scores, false);
+        for part in cut(tile.clone(), PART) {
+            let (queries, scores) = (inputs.queries(first + part.start, head), &mut scores[row(&part) * width..]);
+            product([part.len(), part.end, dq], queries, &keys, scores, width, false);
+        }
         let mut inverse_totals = [0.0; TILE];
         let statistics = (&mut logsumexp[tile.clone()], &mut inverse_totals);
         softmax_tile(Isa::best(), scores, width, tile.start, statistics);
+        for part in cut(tile.clone(), PART) {
+            let (scores, out) = (Mat::rows(&scores[row(&part) * width..], width), &mut out[part.start * dv..]);
+            product([part.len(), dv, part.end], scores, &values, out, dv, false);
+        }
         let out = &mut out[tile.start * dv..tile.end * dv];
-        product([rows, dv, width], Mat::rows(scores, width), &values, out, false);
         for (out, inverse) in out.chunks_exact_mut(dv).zip(&inverse_totals) {
             for o in out {
                 *o *= inverse;
@@ -263,8 +298,8 @@ fn one_head_back(
     let s = inputs.sizes;
     let (first, len, dq, dv) = (range.start, range.len(), s.dq(), s.dv);
     let keys = inputs.scaled_keys(first, len, head);
-    let keys_by_token = Panels::new(Mat::rows(&keys, dq), len, dq);
-    let keys_by_column = Panels::new(Mat::transposed(&keys, dq), dq, len);
+    let keys_by_token = Panels::new(Mat::rows(keys.as_f32(), dq), len, dq);
+    let keys_by_column = Panels::new(Mat::transposed(keys.as_f32(), dq), dq, len);
     let values = inputs.values(first, head);
     let values_t = Panels::new(Mat { row_stride: 1, col_stride: values.row_stride, ..values }, dv, len);
     let mut p = scratch(TILE.min(len) * len);
@@ -274,15 +309,28 @@ fn one_head_back(
     for tile in tiles(len) {
         let (rows, width) = (tile.len(), tile.end);
         let (p, ds) = (&mut p.as_f32_mut()[..rows * width], &mut ds.as_f32_mut()[..rows * width]);
-        let queries = inputs.queries(first + tile.start, head);
-        let d_out = Mat::rows(&d_out[((first + tile.start) * s.heads + head) * dv..], s.heads * dv);
-        product([rows, width, dq], queries, &keys_by_column, p, false);
-        product([rows, width, dv], d_out, &values_t, ds, false);
+        let row = |part: &Range<usize>| part.start - tile.start;
+        let queries = |part: &Range<usize>| inputs.queries(first + part.start, head);
+        let d_out =
+            |part: &Range<usize>| Mat::rows(&d_out[((first + part.start) * s.heads + head) * dv..], s.heads * dv);
+        for part in cut(tile.clone(), PART) {
+            let (sizes, at) = ([part.len(), part.end], row(&part) * width);
+            product([sizes[0], sizes[1], dq], queries(&part), &keys_by_column, &mut p[at..], width, false);
+            product([sizes[0], sizes[1], dv], d_out(&part), &values_t, &mut ds[at..], width, false);
+        }
         score_grads_tile(Isa::best(), p, ds, width, tile.start, &logsumexp[tile.clone()]);
-        let tile_dq = &mut grads.dq[tile.start * dq..tile.end * dq];
-        product([rows, dq, width], Mat::rows(ds, width), &keys_by_token, tile_dq, false);
-        product([width, dq, rows], Mat::transposed(ds, width), &queries, &mut grads.dk[..width * dq], true);
-        product([width, dv, rows], Mat::transposed(p, width), &d_out, &mut grads.dv[..width * dv], true);
+        let mut keys_done = 0;
+        for part in cut(tile.clone(), PART) {
+            let ds_rows = Mat::rows(&ds[row(&part) * width..], width);
+            let tile_dq = &mut grads.dq[part.start * dq..];
+            product([part.len(), dq, part.end], ds_rows, &keys_by_token, tile_dq, dq, false);
+            // Keys that no earlier part sees, and the queries from this part on.
+            let (keys, count, at) = (keys_done..part.end, tile.end - part.start, row(&part) * width + keys_done);
+            let (dk, dv_rows) = (&mut grads.dk[keys.start * dq..], &mut grads.dv[keys.start * dv..]);
+            product([keys.len(), dq, count], Mat::transposed(&ds[at..], width), &queries(&part), dk, dq, true);
+            product([keys.len(), dv, count], Mat::transposed(&p[at..], width), &d_out(&part), dv_rows, dv, true);
+            keys_done = part.end;
+        }
     }
     for d in grads.dk.iter_mut() {
         *d *= inputs.scale;

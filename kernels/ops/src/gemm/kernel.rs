@@ -59,13 +59,14 @@ pub(super) fn rows_per_call(isa: Isa) -> usize {
 /// The elements of A and C and the factors named by the sizes must be valid, and `call.k` rows of 32 elements of B; nobody
 /// else may touch those of C. Pairs need an `isa` that has their dot product.
 pub(super) unsafe fn run(isa: Isa, form: Form, call: Call, rows: usize, cols: usize) {
-    if cols == PANEL {
+    let half = cols <= PANEL / 2;
+    if cols == PANEL || cols == PANEL / 2 {
         // SAFETY: passed on.
-        return unsafe { full(isa, form, call, rows) };
+        return unsafe { columns(isa, form, call, rows, half) };
     }
     let mut edge = [0f32; ROWS_MAX * PANEL];
     // SAFETY: `edge` holds 8 rows of a panel; A and B are as the caller promised.
-    unsafe { full(isa, form, Call { c: edge.as_mut_ptr(), c_stride: PANEL, add: false, ..call }, rows) };
+    unsafe { columns(isa, form, Call { c: edge.as_mut_ptr(), c_stride: PANEL, add: false, ..call }, rows, half) };
     for i in 0..rows {
         for j in 0..cols {
             // SAFETY: within the rows and columns of C that the caller promised.
@@ -75,17 +76,18 @@ pub(super) unsafe fn run(isa: Isa, form: Form, call: Call, rows: usize, cols: us
     }
 }
 
-unsafe fn full(isa: Isa, form: Form, call: Call, rows: usize) {
+/// All columns of a panel, or the first half of them.
+unsafe fn columns(isa: Isa, form: Form, call: Call, rows: usize, half: bool) {
     // SAFETY: an `Isa` exists only where its features were detected; operands are as the caller of `run` promised.
     unsafe {
         match isa.kind() {
             #[cfg(target_arch = "x86_64")]
-            _ if form == Form::Pairs => wide_pairs(call, rows),
+            _ if form == Form::Pairs => wide_pairs(call, rows, half),
             #[cfg(target_arch = "x86_64")]
-            Kind::Avx512 => wide(call, rows),
+            Kind::Avx512 => wide(call, rows, half),
             #[cfg(target_arch = "x86_64")]
-            Kind::Avx2 => narrow(call, rows),
-            Kind::Portable => portable(call, rows),
+            Kind::Avx2 => narrow(call, rows, half),
+            Kind::Portable => portable(call, rows, half),
         }
     }
 }
@@ -103,11 +105,11 @@ trait Lanes: Copy {
     unsafe fn fma(self, b: Self, acc: Self) -> Self;
 }
 
-/// `R` rows by one panel, `V` vectors at a time.
+/// `R` rows by the first `width` columns of a panel, `V` vectors at a time.
 #[inline(always)]
-unsafe fn block<L: Lanes, const R: usize, const V: usize>(call: Call) {
+unsafe fn block<L: Lanes, const R: usize, const V: usize>(call: Call, width: usize) {
     let mut col = 0;
-    while col < PANEL {
+    while col < width {
         // SAFETY: rows below R and columns below 32, as the caller of `run` promised.
         unsafe {
             let mut acc = [[L::zero(); V]; R];
@@ -146,10 +148,10 @@ unsafe fn block<L: Lanes, const R: usize, const V: usize>(call: Call) {
 }
 
 macro_rules! by_rows {
-    ($lanes:ty, $vectors:literal, $call:ident, $rows:ident, $($r:literal),*) => {
+    ($lanes:ty, $vectors:literal, $width:expr, $call:ident, $rows:ident, $($r:literal),*) => {
         match $rows {
             // SAFETY: the caller's promise for `rows` rows.
-            $($r => unsafe { block::<$lanes, $r, $vectors>($call) },)*
+            $($r => unsafe { block::<$lanes, $r, $vectors>($call, $width) },)*
             _ => unreachable!("the driver never asks for {} rows", $rows),
         }
     };
@@ -157,24 +159,32 @@ macro_rules! by_rows {
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
-unsafe fn wide(call: Call, rows: usize) {
-    by_rows!(x86::Zmm, 2, call, rows, 1, 2, 3, 4, 5, 6, 7, 8)
+unsafe fn wide(call: Call, rows: usize, half: bool) {
+    if half {
+        by_rows!(x86::Zmm, 1, PANEL / 2, call, rows, 1, 2, 3, 4, 5, 6, 7, 8)
+    } else {
+        by_rows!(x86::Zmm, 2, PANEL, call, rows, 1, 2, 3, 4, 5, 6, 7, 8)
+    }
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")]
-unsafe fn wide_pairs(call: Call, rows: usize) {
-    by_rows!(x86::ZmmPairs, 2, call, rows, 1, 2, 3, 4, 5, 6, 7, 8)
+unsafe fn wide_pairs(call: Call, rows: usize, half: bool) {
+    if half {
+        by_rows!(x86::ZmmPairs, 1, PANEL / 2, call, rows, 1, 2, 3, 4, 5, 6, 7, 8)
+    } else {
+        by_rows!(x86::ZmmPairs, 2, PANEL, call, rows, 1, 2, 3, 4, 5, 6, 7, 8)
+    }
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma")]
-unsafe fn narrow(call: Call, rows: usize) {
-    by_rows!(x86::Ymm, 2, call, rows, 1, 2, 3, 4, 5, 6)
+unsafe fn narrow(call: Call, rows: usize, half: bool) {
+    by_rows!(x86::Ymm, 2, if half { PANEL / 2 } else { PANEL }, call, rows, 1, 2, 3, 4, 5, 6)
 }
 
-unsafe fn portable(call: Call, rows: usize) {
-    by_rows!(Four, 2, call, rows, 1, 2, 3, 4)
+unsafe fn portable(call: Call, rows: usize, half: bool) {
+    by_rows!(Four, 2, if half { PANEL / 2 } else { PANEL }, call, rows, 1, 2, 3, 4)
 }
 
 /// Four lanes in plain Rust.
