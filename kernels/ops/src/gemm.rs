@@ -9,6 +9,7 @@ mod codes;
 mod few;
 mod kernel;
 mod pack;
+mod transpose;
 
 use std::ops::Range;
 
@@ -16,7 +17,8 @@ use rayon::prelude::*;
 
 pub(crate) use codes::{CodeProduct, Form, RowScales, Scaled, pair, run_codes, run_mixed};
 pub(crate) use few::Elements;
-pub(crate) use pack::{Right, transpose_panel};
+pub(crate) use pack::Right;
+pub(crate) use transpose::transpose_panel;
 
 use crate::isa::Isa;
 use crate::scratch;

@@ -254,7 +254,11 @@ impl Walk {
         let mut scores = Vec::new();
         out.fill(0.0);
         let mut seen = 0;
-        for page in rows[0].pages {
+        for (at, page) in rows[0].pages.iter().enumerate() {
+            let next = match rows[0].pages.get(at + 1) {
+                Some(Page::F32(data)) => data,
+                _ => &[][..],
+            };
             if seen >= longest {
                 break;
             }
@@ -274,7 +278,7 @@ impl Walk {
                     let tokens = row.len.saturating_sub(seen).min(tokens);
                     if tokens > 0 {
                         scores.resize(self.heads * tokens, 0.0);
-                        page::visit(Isa::best(), self, &mut scores, state, q, &page[..tokens * self.width], out);
+                        page::visit(Isa::best(), self, &mut scores, state, q, &page[..tokens * self.width], next, out);
                     }
                 }
             });

@@ -6,8 +6,8 @@
 use std::ops::Range;
 
 use super::few::Elements;
-use super::{Mat, PANEL};
-use crate::isa::{Isa, simd_fn};
+use super::{Mat, PANEL, transpose_panel};
+use crate::isa::Isa;
 
 /// The right operand of a product, `[k, n]`, in any encoding.
 pub(crate) trait Right: Sync {
@@ -68,21 +68,6 @@ impl Right for Mat<'_> {
                     };
                 }
             }
-        }
-    }
-}
-
-simd_fn! {
-    /// `out[k][j] = source[j * stride + k]` for `width` columns j and `len` rows k; zero for j from `width` to 32.
-    pub(crate) fn transpose_panel(source: &[f32], stride: usize, width: usize, len: usize, out: &mut [f32]) {
-        for j in 0..width {
-            let source = &source[j * stride..j * stride + len];
-            for (k, x) in source.iter().enumerate() {
-                out[k * PANEL + j] = *x;
-            }
-        }
-        for row in out.chunks_exact_mut(PANEL) {
-            row[width..].fill(0.0);
         }
     }
 }

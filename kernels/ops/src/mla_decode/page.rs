@@ -11,7 +11,7 @@ use crate::vector::{LANES, exp, exp_in_place, fold, max};
 /// Heads that share the loads of a cache row.
 pub(super) const HEADS_BLOCK: usize = 4;
 
-/// Adds `page` to one row's running result; `scores` is `[heads, tokens]`.
+/// Adds `page` to one row's running result; `scores` is `[heads, tokens]`. `next` will be read after it.
 pub(super) fn visit(
     isa: Isa,
     walk: Walk,
@@ -19,13 +19,14 @@ pub(super) fn visit(
     state: &mut [(f32, f32)],
     q: &[f32],
     page: &[f32],
+    next: &[f32],
     out: &mut [f32],
 ) {
     let (width, rank) = (walk.width, walk.rank);
     match isa.kind() {
         #[cfg(target_arch = "x86_64")]
         crate::isa::Kind::Avx512 => {
-            wide::score(q, page, width, scores);
+            wide::score(q, page, next, width, scores);
             soften(isa, walk, scores, state, out);
             wide::add_values(scores, page, width, rank, out);
         }
@@ -166,11 +167,14 @@ mod wide {
         if count >= LANES { !0 } else { (1 << count) - 1 }
     }
 
-    pub(super) fn score(q: &[f32], page: &[f32], width: usize, scores: &mut [f32]) {
+    pub(super) fn score(q: &[f32], page: &[f32], next: &[f32], width: usize, scores: &mut [f32]) {
         let (tokens, heads) = (page.len() / width, q.len() / width);
         assert!(scores.len() == heads * tokens && tokens > 0, "scores of {heads} heads and {tokens} tokens");
         for head in (0..heads).step_by(HEADS_BLOCK) {
             for token in (0..tokens).step_by(FOUR) {
+                if head == 0 {
+                    prefetch(&next[next.len().min(token * width)..next.len().min((token + FOUR) * width)]);
+                }
                 // Past the last head or token the last one is computed again and dropped.
                 let q: [&[f32]; HEADS_BLOCK] =
                     std::array::from_fn(|h| &q[(head + h).min(heads - 1) * width..][..width]);
@@ -183,6 +187,14 @@ mod wide {
                     scores[(head + h) * tokens + token..][..count].copy_from_slice(&sums[..count]);
                 }
             }
+        }
+    }
+
+    /// Asks for the cache lines of `x`: rows of several tokens are read side by side, which the processor does not foresee.
+    fn prefetch(x: &[f32]) {
+        for line in x.chunks(LANES) {
+            // SAFETY: a hint, without effect on values.
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().cast()) };
         }
     }
 
@@ -307,7 +319,7 @@ mod tests {
                     let (mut scores, mut state) = (vec![0.0; heads * tokens], vec![(f32::NEG_INFINITY, 0.0); heads]);
                     let (mut out, walk) = (vec![0.0; heads * rank], Walk { heads, width, rank, scale: 0.3 });
                     for page in pages.as_f32().chunks_exact(tokens * width) {
-                        visit(isa, walk, &mut scores, &mut state, q.as_f32(), page, &mut out);
+                        visit(isa, walk, &mut scores, &mut state, q.as_f32(), page, &[], &mut out);
                     }
                     let sums = state.iter().flat_map(|(largest, sum)| [*largest, *sum]);
                     out.iter().copied().chain(sums).map(f32::to_bits).collect::<Vec<_>>()
