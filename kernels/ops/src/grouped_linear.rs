@@ -191,13 +191,15 @@ fn weight_gradients(
     let x = activation::saved_columns(saved, first.rounding(), offsets);
     for (dy, id, w) in arrived {
         let dy = activation::gradient_columns(&dy, w.rounding(), offsets);
-        let slot = weights.slot(id, w.shape());
-        columns_times(&dy, &x, offsets, [w.outputs(), w.inputs()], slot);
+        let (slot, accumulate) = weights.slot_or_new(id, w.shape());
+        columns_times(&dy, &x, offsets, [w.outputs(), w.inputs()], slot, accumulate);
     }
 }
 
-/// `c[e] += aᵀ·b` over the tokens of every expert e; `a` is `[tokens, n]`, `b` `[tokens, k]`, `c` `[experts, n, k]`.
-fn columns_times(a: &Columns, b: &Columns, offsets: &[usize], [n, k]: [usize; 2], c: &mut [f32]) {
+/// `c[e] (+)= aᵀ·b` over the tokens of every expert e; `a` is `[tokens, n]`, `b` `[tokens, k]`, `c` `[experts, n, k]`.
+fn columns_times(a: &Columns, b: &Columns, offsets: &[usize], [n, k]: [usize; 2], c: &mut [f32], accumulate: bool) {
+    let empty = offsets.windows(2).zip(c.chunks_mut(n * k)).filter(|(range, _)| !accumulate && range[1] == range[0]);
+    empty.for_each(|(_, c)| c.fill(0.0));
     let experts = offsets.windows(2).zip(c.chunks_mut(n * k)).filter(|(range, _)| range[1] > range[0]);
     match (a, b) {
         (Columns::Values(a), Columns::Values(b)) => {
@@ -206,7 +208,7 @@ fn columns_times(a: &Columns, b: &Columns, offsets: &[usize], [n, k]: [usize; 2]
             let bs = bs.iter().zip(offsets.windows(2)).filter(|(_, range)| range[1] > range[0]);
             let products = experts.zip(bs).map(|((range, c), (b, _))| {
                 let a = Mat::transposed(&a[range[0] * n..range[1] * n], n);
-                Product { m: n, n: k, k: range[1] - range[0], a, b, c, c_stride: k, accumulate: true }
+                Product { m: n, n: k, k: range[1] - range[0], a, b, c, c_stride: k, accumulate }
             });
             gemm::run(Isa::best(), &mut products.collect::<Vec<_>>());
         }
@@ -217,7 +219,7 @@ fn columns_times(a: &Columns, b: &Columns, offsets: &[usize], [n, k]: [usize; 2]
             let pairs = a.segments(n, offsets).into_iter().zip(&bs).filter(|((a, _), _)| !a.is_empty());
             let products = experts.zip(pairs).map(|((_, c), ((words, scales), b))| {
                 let (m, tokens, a) = (n, words.len() / n, Mat::transposed(words, n));
-                let product = Product { m, n: k, k: tokens, a, b, c, c_stride: k, accumulate: true };
+                let product = Product { m, n: k, k: tokens, a, b, c, c_stride: k, accumulate };
                 let row_scales = RowScales { data: scales, row_stride: 1, block_stride: n };
                 CodeProduct { product, form, row_scales }
             });

@@ -8,6 +8,7 @@
 //! chunks. So the same inputs give the same bits on any number of threads, alone or in a batch.
 
 mod activation;
+pub mod adamw;
 pub mod attention;
 mod awake;
 pub mod balance_loss;

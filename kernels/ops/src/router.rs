@@ -90,9 +90,9 @@ impl Back for ScoresBack {
         gemm(tokens, d, experts, Mat::rows(d_logits.as_f32(), experts), w, &mut dx, d, false);
         grads.add(self.input.id(), Tensor::f32(self.input.value.shape(), dx));
         Some(Job::new(move |weights| {
-            let slot = weights.slot(self.param, self.weight.shape());
+            let (slot, accumulate) = weights.slot_or_new(self.param, self.weight.shape());
             let x = Mat::rows(self.input.value.as_f32(), d);
-            gemm(experts, d, tokens, Mat::transposed(d_logits.as_f32(), experts), x, slot, d, true);
+            gemm(experts, d, tokens, Mat::transposed(d_logits.as_f32(), experts), x, slot, d, accumulate);
         }))
     }
 }

@@ -77,42 +77,73 @@ impl Grads {
 }
 
 /// FP32 weight gradients, by [`ParamId`]; they outlive the tape and add up over micro-batches.
+///
+/// Buffers are kept from one step to the next. Clearing one only marks it: what comes first then replaces its contents, so
+/// nothing is zeroed and then added to.
 #[derive(Default, Clone)]
 pub struct WeightGrads {
-    slots: Vec<Option<Tensor>>,
+    slots: Vec<Option<Slot>>,
+}
+
+#[derive(Clone)]
+struct Slot {
+    sum: Tensor,
+    /// Whether anything flowed here since the gradients were cleared; otherwise the contents mean nothing.
+    arrived: bool,
 }
 
 impl WeightGrads {
     /// The gradient of `id`, if anything flowed there.
     pub fn get(&self, id: ParamId) -> Option<&Tensor> {
-        self.slots.get(id as usize).and_then(Option::as_ref)
+        self.slots.get(id as usize).and_then(Option::as_ref).filter(|slot| slot.arrived).map(|slot| &slot.sum)
     }
 
-    /// The buffer to add into, made of zeros on first use.
-    pub fn slot(&mut self, id: ParamId, shape: &[usize]) -> &mut [f32] {
+    fn entry(&mut self, id: ParamId) -> &mut Option<Slot> {
         let index = id as usize;
         if self.slots.len() <= index {
             self.slots.resize_with(index + 1, || None);
         }
-        self.slots[index].get_or_insert_with(|| Tensor::zeros(shape)).as_f32_mut()
+        &mut self.slots[index]
+    }
+
+    /// The buffer to add into; zeros when nothing flowed there yet.
+    pub fn slot(&mut self, id: ParamId, shape: &[usize]) -> &mut [f32] {
+        let (sum, arrived) = self.slot_or_new(id, shape);
+        if !arrived {
+            crate::vector::fill(sum, 0.0);
+        }
+        sum
+    }
+
+    /// The buffer, and whether it holds a sum to add to; if not, the caller writes every element.
+    pub(crate) fn slot_or_new(&mut self, id: ParamId, shape: &[usize]) -> (&mut [f32], bool) {
+        let slot = self.entry(id).get_or_insert_with(|| {
+            let data = crate::memory::buffer(shape.iter().product());
+            Slot { sum: Tensor::f32(shape, data), arrived: false }
+        });
+        let arrived = std::mem::replace(&mut slot.arrived, true);
+        (slot.sum.as_f32_mut(), arrived)
     }
 
     /// Adds `grad` to parameter `id`.
-    pub fn add(&mut self, id: ParamId, grad: &Tensor) {
-        let shape = grad.shape().to_vec();
-        crate::elementwise::add_assign(self.slot(id, &shape), grad.as_f32());
+    pub fn add(&mut self, id: ParamId, grad: Tensor) {
+        match self.entry(id) {
+            Some(slot) if slot.arrived => crate::elementwise::add_assign(slot.sum.as_f32_mut(), grad.as_f32()),
+            entry => *entry = Some(Slot { sum: grad, arrived: true }),
+        }
     }
 
-    /// Sets every gradient to zero and keeps the buffers.
+    /// Forgets every gradient and keeps the buffers.
     pub fn clear(&mut self) {
-        for tensor in self.slots.iter_mut().flatten() {
-            tensor.as_f32_mut().fill(0.0);
+        for slot in self.slots.iter_mut().flatten() {
+            slot.arrived = false;
         }
     }
 
     /// All gradients that exist, by parameter.
     pub fn iter_mut(&mut self) -> impl Iterator<Item = (ParamId, &mut Tensor)> {
-        self.slots.iter_mut().enumerate().filter_map(|(i, t)| t.as_mut().map(|t| (i as ParamId, t)))
+        let slots = self.slots.iter_mut().enumerate();
+        slots.filter_map(|(i, slot)| Some((i as ParamId, &mut slot.as_mut().filter(|slot| slot.arrived)?.sum)))
     }
 }
 

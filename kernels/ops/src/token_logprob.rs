@@ -175,13 +175,15 @@ impl Back for HeadBack {
         dh.fill(0.0);
         // Logits are computed once for both gradients; the job only adds the finished sum.
         let mut dw = buffer(vocab * d);
-        dw.fill(0.0);
+        if rows.is_empty() {
+            dw.fill(0.0);
+        }
         let chunk_rows = self.chunk_rows.max(1);
         let kept = self.logits.take().filter(|logits| logits.numel() == rows.len() * vocab);
         let computed = kept.is_some();
         let mut logits = kept.unwrap_or_else(|| scratch(rows.len().min(chunk_rows) * vocab));
         let (mut packed, mut dh_packed) = (Vec::new(), Vec::new());
-        for chunk in rows.chunks(chunk_rows) {
+        for (index, chunk) in rows.chunks(chunk_rows).enumerate() {
             gather(h, d, chunk, &mut packed);
             let logits = &mut logits.as_f32_mut()[..chunk.len() * vocab];
             let n = chunk.len();
@@ -194,12 +196,12 @@ impl Back for HeadBack {
             for (&row, grad) in chunk.iter().zip(dh_packed.chunks_exact(d)) {
                 dh[row as usize * d..][..d].copy_from_slice(grad);
             }
-            gemm(vocab, d, n, Mat::transposed(logits, vocab), Mat::rows(&packed, d), &mut dw, d, true);
+            gemm(vocab, d, n, Mat::transposed(logits, vocab), Mat::rows(&packed, d), &mut dw, d, index > 0);
         }
         grads.add(self.h.id(), Tensor::f32(self.h.value.shape(), dh));
         let dw = Tensor::f32(self.weight.shape(), dw);
         let param = self.param;
-        Some(Job::new(move |weights| weights.add(param, &dw)))
+        Some(Job::new(move |weights| weights.add(param, dw)))
     }
 }
 

@@ -158,6 +158,11 @@ pub(crate) fn for_row_chunks(
     }
 }
 
+/// Sets every element, on several threads when there are many.
+pub(crate) fn fill(out: &mut [f32], value: f32) {
+    for_row_chunks(out, 1, 1 << 16, 1, |_, chunk| chunk.fill(value));
+}
+
 /// `map(i)` for every i, in order; in parallel when `count` × `item_work` is large.
 pub(crate) fn collect<R: Send>(count: usize, item_work: usize, map: impl Fn(usize) -> R + Sync + Send) -> Vec<R> {
     if count * item_work < PARALLEL_WORK_MIN {

@@ -121,6 +121,26 @@ impl Model {
         &mut self.params
     }
 
+    /// What each parameter is and its master, for an optimiser that changes all of them; [`Model::encode`] must follow.
+    /// An encoding that shares the master's buffer is let go first, so that the master changes where it lies.
+    pub fn masters_mut(&mut self) -> impl Iterator<Item = (&ParamInfo, &mut Tensor)> {
+        let params = self.params_mut_with_infos();
+        params.filter_map(|(info, param)| {
+            let Param { master, compute, .. } = param;
+            let master = master.as_mut()?;
+            if compute.precision() == Precision::F32 {
+                let exceptions = compute.exceptions();
+                *compute = Weight::from_plain(Tensor::f32(&[0], Vec::new())).with_exceptions(exceptions);
+            }
+            Some((info, master))
+        })
+    }
+
+    fn params_mut_with_infos(&mut self) -> impl Iterator<Item = (&ParamInfo, &mut Param)> {
+        self.prepared = OnceLock::new();
+        self.table.params.iter().zip(&mut self.params)
+    }
+
     /// Layer and name of each router bias.
     pub fn bias_infos(&self) -> &[BiasInfo] {
         &self.table.biases

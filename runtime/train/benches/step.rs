@@ -1,46 +1,93 @@
-//! One training step of the demo's model (`pipelines/full.yaml`): milliseconds and tokens per second by precision.
+//! Training steps of the named sizes (`dsv3-estimate`), without prediction modules: milliseconds by the clock and of
+//! the processors, tokens per second, loss.
 //!
-//! `cargo bench -p dsv3-train --bench step`
+//! `cargo bench -p dsv3-train --bench step [-- NAME.. PRECISION.. STEPS]`, for instance `-- S M f32 10`; without names the
+//! demo, without precisions all three. `RAYON_NUM_THREADS=1` for one core. The loss of the last step shows whether a
+//! change kept every bit.
 
 use std::time::Instant;
 
 use dsv3_core::Rng;
-use dsv3_model::{Batch, Model, ModelConfig};
+use dsv3_estimate::{Named, named};
+use dsv3_model::{Batch, Model};
 use dsv3_ops::{Fp8Format, Fp8Scales, Precision};
 use dsv3_train::{MicroBatch, Rates, Trainer, TrainerConfig};
 
-const DEMO: &str = r#"{
-  "vocab_size": 704, "hidden_size": 128, "intermediate_size": 256, "moe_intermediate_size": 32,
-  "num_hidden_layers": 3, "first_k_dense_replace": 1, "num_attention_heads": 4,
-  "q_lora_rank": 96, "kv_lora_rank": 64, "qk_nope_head_dim": 16, "qk_rope_head_dim": 32, "v_head_dim": 32,
-  "n_routed_experts": 16, "n_shared_experts": 1, "num_experts_per_tok": 4, "n_group": 4, "topk_group": 2,
-  "routed_scaling_factor": 2.5, "max_position_embeddings": 2048, "num_nextn_predict_layers": 1,
-  "initializer_range": 0.06
-}"#;
+/// Steps before the measured ones.
+const WARMUP: usize = 2;
+/// Measured steps unless an argument says otherwise.
+const STEPS: usize = 10;
+
+fn precision(name: &str) -> Option<Precision> {
+    match name {
+        "f32" => Some(Precision::F32),
+        "bf16" => Some(Precision::Bf16),
+        "fp8" => Some(Precision::Fp8 { format: Fp8Format::E4m3, scales: Fp8Scales::F32 }),
+        _ => None,
+    }
+}
+
+/// Processor time of all threads of the process, seconds, where the system tells: on a machine that other work keeps busy
+/// it says more than the clock does.
+fn processor_seconds() -> f64 {
+    let Ok(threads) = std::fs::read_dir("/proc/self/task") else { return 0.0 };
+    let nanoseconds = threads.flatten().filter_map(|thread| {
+        let text = std::fs::read_to_string(thread.path().join("schedstat")).ok()?;
+        text.split_whitespace().next()?.parse::<f64>().ok()
+    });
+    nanoseconds.sum::<f64>() * 1e-9
+}
+
+/// Prints the shortest and the mean step, and the mean of the processor time.
+fn measure(named: &Named, label: &str, precision: Precision, steps: usize) {
+    let (rows, length) = (named.train_sequences, named.train_tokens);
+    let model = Model::init(&named.config, precision, 1).expect("a named size is valid");
+    let config = TrainerConfig { balance_alpha: 0.0, logit_rows: 1024, ..TrainerConfig::default() };
+    let mut trainer = Trainer::new(model, config).expect("the model has masters");
+    let mut rng = Rng::new(1);
+    let vocabulary = named.config.vocab_size as u64;
+    let mut step = || -> (f64, f64) {
+        let tokens = (0..rows).map(|_| (0..=length).map(|_| rng.below(vocabulary) as u32).collect());
+        let micro: MicroBatch = Batch::from_rows(tokens.collect::<Vec<Vec<u32>>>()).into();
+        let started = Instant::now();
+        let rates = Rates { lr: 3e-4, mtp_weight: 0.0, bias_speed: 0.001 };
+        let metrics = trainer.train_step(&[micro], rates).expect("a step succeeds");
+        (started.elapsed().as_secs_f64(), metrics.total)
+    };
+    for _ in 0..WARMUP {
+        step();
+    }
+    let before = processor_seconds();
+    let results: Vec<(f64, f64)> = (0..steps).map(|_| step()).collect();
+    let busy = 1e3 * (processor_seconds() - before) / steps as f64;
+    let least = results.iter().map(|(seconds, _)| *seconds).fold(f64::INFINITY, f64::min);
+    let mean = results.iter().map(|(seconds, _)| seconds).sum::<f64>() / steps as f64;
+    let (rate, loss) = ((rows * length) as f64 / least, results.last().map_or(0.0, |(_, loss)| *loss));
+    let (least, mean) = (1e3 * least, 1e3 * mean);
+    println!("{:>6} {label:>9} {least:>9.1} {mean:>9.1} {busy:>9.1} {rate:>10.0} {loss:>12.8}", named.name);
+}
 
 fn main() {
-    let config: ModelConfig = serde_json::from_str(DEMO).expect("the demo's configuration is valid");
-    let fp8 = Precision::Fp8 { format: Fp8Format::E4m3, scales: Fp8Scales::F32 };
-    println!("{:>10} {:>12} {:>9} {:>10} {:>10}", "precision", "rows", "ms/step", "tokens/s", "loss");
-    for (rows, length) in [(8, 128), (8, 256), (4, 512), (32, 45)] {
-        for (name, precision) in [("f32", Precision::F32), ("bf16", Precision::Bf16), ("fp8", fp8)] {
-            let model = Model::init(&config, precision, 1).expect("the demo's configuration is valid");
-            let mut trainer = Trainer::new(model, TrainerConfig::default()).expect("the model has masters");
-            let mut rng = Rng::new(1);
-            let mut step = || -> f64 {
-                let tokens = (0..rows).map(|_| (0..=length).map(|_| rng.below(704) as u32).collect());
-                let micro: MicroBatch = Batch::from_rows(tokens.collect::<Vec<Vec<u32>>>()).into();
-                let rates = Rates { lr: 1e-3, mtp_weight: 0.3, bias_speed: 0.01 };
-                trainer.train_step(&[micro], rates).expect("a step succeeds").total
-            };
-            for _ in 0..3 {
-                step();
+    dsv3_ops::keep_freed_memory();
+    let args: Vec<String> = std::env::args().skip(1).filter(|arg| !arg.starts_with('-')).collect();
+    let mut sizes: Vec<Named> = args.iter().filter_map(|arg| named(arg)).collect();
+    if sizes.is_empty() {
+        sizes.extend(named("demo"));
+    }
+    let mut labels: Vec<&str> = args.iter().map(String::as_str).filter(|arg| precision(arg).is_some()).collect();
+    if labels.is_empty() {
+        labels = vec!["f32", "bf16", "fp8"];
+    }
+    let steps = args.iter().find_map(|arg| arg.parse().ok()).unwrap_or(STEPS).max(1);
+    let titles = ("size", "precision", "ms/step", "mean", "CPU ms", "tokens/s", "loss");
+    let (size, precision_title, least, mean, busy, rate, loss) = titles;
+    println!("{size:>6} {precision_title:>9} {least:>9} {mean:>9} {busy:>9} {rate:>10} {loss:>12}");
+    for size in sizes {
+        let size = size.without_mtp();
+        for label in &labels {
+            if let Some(precision) = precision(label) {
+                measure(&size, label, precision, steps);
             }
-            let (started, steps) = (Instant::now(), 20);
-            let loss = (0..steps).map(|_| step()).last().unwrap_or_default();
-            let seconds = started.elapsed().as_secs_f64() / f64::from(steps);
-            let rate = (rows * length) as f64 / seconds;
-            println!("{name:>10} {rows:>6} x{length:>4} {:>9.1} {rate:>10.0} {loss:>10.4}", 1e3 * seconds);
         }
     }
 }

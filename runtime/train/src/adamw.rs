@@ -10,6 +10,7 @@
 //! the number of threads.
 
 use dsv3_model::Model;
+use dsv3_ops::adamw::{self, Factors, Moments as Moment};
 use dsv3_ops::{DType, Tensor, WeightGrads};
 use half::bf16;
 use rayon::prelude::*;
@@ -69,21 +70,6 @@ pub struct AdamW {
     pub(crate) second: Vec<Tensor>,
 }
 
-/// Factors of one update, the same for every element of a parameter.
-#[derive(Clone, Copy)]
-struct Factors {
-    clip: f32,
-    beta1: f32,
-    one_minus_beta1: f32,
-    beta2: f32,
-    one_minus_beta2: f32,
-    correction1: f32,
-    correction2: f32,
-    eps: f32,
-    lr: f32,
-    decay: f32,
-}
-
 impl AdamW {
     /// Zero moments for every parameter of `model`.
     pub fn new(config: AdamWConfig, model: &Model) -> Self {
@@ -113,18 +99,30 @@ impl AdamW {
         self.updates += 1;
         let clip = (self.config.clip_norm / (norm + NORM_EPS)).min(1.0);
         let factors = self.factors(clip, lr);
-        let decays: Vec<bool> = model.infos().iter().map(|info| info.decays()).collect();
-        let shapes: Vec<Vec<usize>> = model.infos().iter().map(|info| info.shape.clone()).collect();
-        let moments = self.first.iter_mut().zip(&mut self.second);
-        for ((id, param), (m, v)) in model.params_mut().iter_mut().enumerate().zip(moments) {
-            let Some(master) = &mut param.master else { continue };
-            let g = &*grads.slot(id as u32, &shapes[id]);
-            let factors = Factors { decay: if decays[id] { factors.decay } else { 0.0 }, ..factors };
-            match m.dtype() {
-                DType::Bf16 => update(master.as_f32_mut(), m.as_bf16_mut(), v.as_bf16_mut(), g, factors),
-                _ => update(master.as_f32_mut(), m.as_f32_mut(), v.as_f32_mut(), g, factors),
-            }
+        let infos: Vec<_> = model.infos().iter().map(|info| (info.id, info.shape.clone())).collect();
+        for (id, shape) in &infos {
+            // Zeros where nothing arrived.
+            grads.slot(*id, shape);
         }
+        let mut chunks = Vec::new();
+        let moments = self.first.iter_mut().zip(&mut self.second);
+        for ((info, master), (m, v)) in model.masters_mut().zip(moments) {
+            let Some(g) = grads.get(info.id) else { continue };
+            let factors = Factors { decay: if info.decays() { factors.decay } else { 0.0 }, ..factors };
+            let p = master.as_f32_mut().chunks_mut(CHUNK).zip(g.as_f32().chunks(CHUNK));
+            let both: &mut dyn Iterator<Item = Moment<'_>> = match m.dtype() {
+                DType::Bf16 => {
+                    let pairs = m.as_bf16_mut().chunks_mut(CHUNK).zip(v.as_bf16_mut().chunks_mut(CHUNK));
+                    &mut pairs.map(|(m, v)| Moment::Bf16(m, v))
+                }
+                _ => {
+                    let pairs = m.as_f32_mut().chunks_mut(CHUNK).zip(v.as_f32_mut().chunks_mut(CHUNK));
+                    &mut pairs.map(|(m, v)| Moment::F32(m, v))
+                }
+            };
+            chunks.extend(p.zip(both).map(|((p, g), moments)| (p, moments, g, factors)));
+        }
+        chunks.into_par_iter().for_each(|(p, moments, g, factors)| adamw::update(p, moments, g, &factors));
         model.encode();
         Ok(clip < 1.0)
     }
@@ -168,13 +166,14 @@ fn power(mut base: f64, mut exponent: u64) -> f64 {
 
 /// L2 norm of the gradients of all parameters of `model`, shared ones once.
 pub fn gradient_norm(model: &Model, grads: &WeightGrads) -> f64 {
-    let squares: f64 = model.params().iter().filter_map(|param| grads.get(param.id)).map(square_sum).sum();
+    let of_parameters = model.params().iter().filter_map(|param| grads.get(param.id));
+    let chunks: Vec<(usize, &[f32])> =
+        of_parameters.enumerate().flat_map(|(i, grad)| grad.as_f32().chunks(CHUNK).map(move |c| (i, c))).collect();
+    let sums: Vec<(usize, f64)> = chunks.into_par_iter().map(|(i, chunk)| (i, chunk_square_sum(chunk))).collect();
+    // The chunks of each parameter in order, then the parameters.
+    let squares: f64 =
+        sums.chunk_by(|a, b| a.0 == b.0).map(|of_one| of_one.iter().map(|(_, sum)| sum).sum::<f64>()).sum();
     squares.sqrt()
-}
-
-fn square_sum(grad: &Tensor) -> f64 {
-    let chunks: Vec<f64> = grad.as_f32().par_chunks(CHUNK).map(chunk_square_sum).collect();
-    chunks.iter().sum()
 }
 
 fn chunk_square_sum(chunk: &[f32]) -> f64 {
@@ -189,80 +188,9 @@ fn chunk_square_sum(chunk: &[f32]) -> f64 {
     lanes.iter().sum::<f64>() + rest.iter().map(|x| f64::from(*x) * f64::from(*x)).sum::<f64>()
 }
 
-/// A stored moment.
-trait Stored: Copy + Send + Sync {
-    fn read(self) -> f32;
-    fn round(x: f32) -> Self;
-}
-
-impl Stored for f32 {
-    fn read(self) -> f32 {
-        self
-    }
-    fn round(x: f32) -> Self {
-        x
-    }
-}
-
-impl Stored for bf16 {
-    fn read(self) -> f32 {
-        f32::from_bits(u32::from(self.to_bits()) << 16)
-    }
-    fn round(x: f32) -> Self {
-        // Round to nearest even without a branch; moments are finite because the guard refuses other gradients.
-        let bits = x.to_bits();
-        bf16::from_bits((bits.wrapping_add(0x7FFF + ((bits >> 16) & 1)) >> 16) as u16)
-    }
-}
-
-fn update<S: Stored>(p: &mut [f32], m: &mut [S], v: &mut [S], g: &[f32], f: Factors) {
-    let chunks = p.par_chunks_mut(CHUNK).zip(m.par_chunks_mut(CHUNK)).zip(v.par_chunks_mut(CHUNK));
-    chunks.zip(g.par_chunks(CHUNK)).for_each(|(((p, m), v), g)| {
-        for (((p, m), v), g) in p.iter_mut().zip(m).zip(v).zip(g) {
-            let g = *g * f.clip;
-            let first = f.beta1 * m.read() + f.one_minus_beta1 * g;
-            let second = f.beta2 * v.read() + f.one_minus_beta2 * (g * g);
-            let step = (first * f.correction1) / ((second * f.correction2).sqrt() + f.eps);
-            *p -= f.lr * (step + f.decay * *p);
-            (*m, *v) = (S::round(first), S::round(second));
-        }
-    });
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    const PLAIN: Factors = Factors {
-        clip: 1.0,
-        beta1: 0.9,
-        one_minus_beta1: 0.1,
-        beta2: 0.95,
-        one_minus_beta2: 0.05,
-        correction1: 10.0,
-        correction2: 20.0,
-        eps: 1e-8,
-        lr: 0.5,
-        decay: 0.1,
-    };
-
-    #[test]
-    fn first_update_moves_by_the_sign_and_decays() {
-        let (mut p, mut m, mut v) = (vec![1.0, 1.0], vec![0.0_f32; 2], vec![0.0_f32; 2]);
-        update(&mut p, &mut m, &mut v, &[2.0, 0.0], PLAIN);
-        assert!((p[0] - (1.0 - 0.5 * 1.1)).abs() < 1e-6 && (p[1] - 0.95).abs() < 1e-6, "{p:?}");
-    }
-
-    #[test]
-    fn bf16_moments_round_to_nearest_even_after_use() {
-        for x in [1.0_f32, 1.003_906_3, 1.011_718_8, -3.3e-5, 7.1e20, 1e-40] {
-            assert_eq!(<bf16 as Stored>::round(x), bf16::from_f32(x), "{x}");
-        }
-        let (mut p, mut q) = (vec![1.0], vec![1.0]);
-        update(&mut p, &mut [bf16::ZERO], &mut [bf16::ZERO], &[0.3], PLAIN);
-        update(&mut q, &mut [0.0_f32], &mut [0.0_f32], &[0.3], PLAIN);
-        assert_eq!(p, q);
-    }
 
     #[test]
     fn powers() {

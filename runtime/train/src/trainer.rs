@@ -146,6 +146,11 @@ impl Trainer {
     /// # Errors
     /// When the model cannot take a batch, or no position has a target.
     pub fn train_step(&mut self, micro_batches: &[MicroBatch], rates: Rates) -> Result<StepMetrics> {
+        // On a thread of the pool: one outside it would sleep and be woken around every parallel loop.
+        rayon::scope(|_| self.step_in_pool(micro_batches, rates))
+    }
+
+    fn step_in_pool(&mut self, micro_batches: &[MicroBatch], rates: Rates) -> Result<StepMetrics> {
         let depths = self.model.config.num_nextn_predict_layers;
         let divisors = Divisors::of(micro_batches);
         if divisors.weight <= 0.0 {
