@@ -9,6 +9,7 @@ mod codes;
 mod few;
 mod kernel;
 mod pack;
+mod tile;
 mod transpose;
 
 use std::ops::Range;
@@ -21,20 +22,20 @@ pub(crate) use pack::Right;
 pub(crate) use transpose::transpose_panel;
 
 use crate::isa::Isa;
-use crate::scratch;
 
 /// Length of one chain of fused multiply-adds. Fixed: it is part of the result.
 pub(crate) const BLOCK_K: usize = 128;
 /// Columns of B packed and multiplied together.
 pub(crate) const PANEL: usize = 32;
-/// Panels packed before rows are visited: a 128 KiB second-level working set.
-const GROUP_PANELS: usize = 8;
-/// Rows of A that stay in cache while the panels of a group pass over them.
-const BLOCK_M: usize = 96;
 /// Rows up to which a prepacked weight is decoded as it is read, once for every eight of them.
 const FEW_ROWS: usize = 16;
 /// Products below this many multiply-adds stay on the calling thread.
 const SERIAL_MADDS_MAX: usize = 1 << 19;
+
+/// Outputs of at most this many elements are cut into one part a thread.
+const SMALL_OUTPUT: usize = 1 << 15;
+/// And of at most this many into two.
+const MEDIUM_OUTPUT: usize = 1 << 18;
 
 /// A strided view of an f32 matrix.
 #[derive(Clone, Copy)]
@@ -147,19 +148,36 @@ fn run_checked(isa: Isa, products: &[Checked<'_>]) {
     }
     let mut tasks = Vec::new();
     for p in products {
-        let wanted = (threads * 4 * cost(p)).div_ceil(total).max(1);
-        let (m, n) = (p.m, p.n);
-        let row_parts = wanted.min(m.div_ceil(64)).max(1);
-        let col_parts = wanted.div_ceil(row_parts).min(n.div_ceil(PANEL)).max(1);
-        let rows_each = m.div_ceil(row_parts).next_multiple_of(8);
-        let cols_each = n.div_ceil(col_parts).next_multiple_of(PANEL);
-        for row in (0..m).step_by(rows_each) {
-            for col in (0..n).step_by(cols_each) {
-                tasks.push((*p, row..(row + rows_each).min(m), col..(col + cols_each).min(n)));
+        // Each part packs what it multiplies, so that a small output is cut into few parts.
+        let per_thread = match p.m * p.n {
+            ..=SMALL_OUTPUT if products.len() == 1 => 1,
+            ..=MEDIUM_OUTPUT if products.len() == 1 => 2,
+            _ => 4,
+        };
+        let wanted = (threads * per_thread * cost(p)).div_ceil(total).max(1);
+        let (rows_each, cols_each) = part_sizes(p.m, p.n, wanted);
+        for row in (0..p.m).step_by(rows_each) {
+            for col in (0..p.n).step_by(cols_each) {
+                tasks.push((*p, row..(row + rows_each).min(p.m), col..(col + cols_each).min(p.n)));
             }
         }
     }
     tasks.into_par_iter().with_max_len(1).for_each(|(product, rows, cols)| tile(isa, &product, rows, cols));
+}
+
+/// Rows and columns of each of about `wanted` parts of an output, cut along its longer side first.
+fn part_sizes(m: usize, n: usize, wanted: usize) -> (usize, usize) {
+    let (rows_most, cols_most) = (m.div_ceil(64).max(1), n.div_ceil(2 * PANEL).max(1));
+    let (row_parts, col_parts) = if m >= n {
+        let row_parts = wanted.min(rows_most);
+        (row_parts, wanted.div_ceil(row_parts).min(cols_most))
+    } else {
+        let col_parts = wanted.min(cols_most);
+        (wanted.div_ceil(col_parts).min(rows_most), col_parts)
+    };
+    let rows_each = m.div_ceil(row_parts).next_multiple_of(kernel::ROWS_MAX).max(1);
+    let cols_each = n.div_ceil(col_parts).next_multiple_of(PANEL).max(1);
+    (rows_each, cols_each)
 }
 
 /// Computes `c[rows, cols]`. The start of `cols` is a multiple of [`PANEL`].
@@ -178,17 +196,7 @@ fn tile(isa: Isa, p: &Checked<'_>, rows: Range<usize>, cols: Range<usize>) {
     if let Some(elements) = p.b.prepacked().filter(few) {
         return few_rows(p, elements, rows, cols);
     }
-    // A few rows read each panel once, so a panel at a time stays in the first-level cache.
-    let group = if rows.len() <= 2 * kernel::ROWS_MAX { PANEL } else { GROUP_PANELS * PANEL };
-    scratch::with_f32(group * BLOCK_K, |packed_b| {
-        for col in cols.clone().step_by(group) {
-            let group_cols = col..(col + group).min(cols.end);
-            for block in (0..p.k).step_by(p.form.block()) {
-                let ks = block..(block + p.form.block()).min(p.k);
-                panels(isa, p, rows.clone(), group_cols.clone(), ks, packed_b);
-            }
-        }
-    });
+    tile::run(isa, p, rows, cols);
 }
 
 /// [`tile`] for few rows of a prepacked weight: panel after panel, as they lie.
@@ -210,72 +218,6 @@ fn few_rows(p: &Checked<'_>, elements: Elements<'_>, rows: Range<usize>, cols: R
             few::panel(elements, col / PANEL, k, call, out);
         }
     }
-}
-
-/// One K block of a group of panels against all rows.
-#[allow(unsafe_code)]
-fn panels(isa: Isa, p: &Checked<'_>, rows: Range<usize>, cols: Range<usize>, ks: Range<usize>, packed_b: &mut [f32]) {
-    let add = p.accumulate || ks.start > 0;
-    let few_rows = rows.len() <= 32;
-    let mut views = [(std::ptr::null::<f32>(), 0usize); GROUP_PANELS];
-    for ((view, out), col) in
-        views.iter_mut().zip(packed_b.chunks_mut(PANEL * BLOCK_K)).zip(cols.clone().step_by(PANEL))
-    {
-        let panel = col..(col + PANEL).min(cols.end);
-        *view = match p.b.in_place(ks.clone(), panel.clone(), few_rows) {
-            Some((data, stride)) => (data.as_ptr(), stride),
-            None => {
-                p.b.pack(isa, ks.clone(), panel, &mut out[..ks.len() * PANEL]);
-                (out.as_ptr(), PANEL)
-            }
-        };
-    }
-    let mut col_scales = [[1.0; PANEL]; GROUP_PANELS];
-    if p.row_scales.is_some() {
-        for (out, col) in col_scales.iter_mut().zip(cols.clone().step_by(PANEL)) {
-            p.b.scales(ks.start / p.form.block(), col..(col + PANEL).min(cols.end), out);
-        }
-    }
-    let step = kernel::rows_per_call(isa);
-    let packs_a = p.a.col_stride != 1;
-    let pack_len = if packs_a { BLOCK_M * BLOCK_K } else { 0 };
-    scratch::with_f32(pack_len, |packed_a| {
-        for first in rows.clone().step_by(BLOCK_M) {
-            let block = first..(first + BLOCK_M).min(rows.end);
-            if packs_a {
-                pack::left(p.a, block.clone(), ks.clone(), step, packed_a);
-            }
-            for ((view, col), scales) in views.iter().zip(cols.clone().step_by(PANEL)).zip(&col_scales) {
-                for row in block.clone().step_by(step) {
-                    let (a, row_stride, col_stride) = if packs_a {
-                        (packed_a[(row - first) * ks.len()..].as_ptr(), 1, step)
-                    } else {
-                        (p.a.data[row * p.a.row_stride + ks.start..].as_ptr(), p.a.row_stride, 1)
-                    };
-                    let call = kernel::Call {
-                        k: ks.len(),
-                        a,
-                        row_stride,
-                        col_stride,
-                        b: view.0,
-                        b_stride: view.1,
-                        // SAFETY: `check` proved that C holds this element.
-                        c: unsafe { p.c.add(row * p.c_stride + col) },
-                        c_stride: p.c_stride,
-                        add,
-                        scales: p.row_scales.map(|rows| kernel::Scales {
-                            rows: rows.from(row, ks.start / p.form.block()).as_ptr(),
-                            row_stride: rows.row_stride,
-                            cols: scales.as_ptr(),
-                        }),
-                    };
-                    // SAFETY: A holds the rows and the K block by `check`; the view of B holds `ks.len()` rows of a panel;
-                    // C holds the rows and columns, and no other thread touches this tile.
-                    unsafe { kernel::run(isa, p.form, call, step.min(block.end - row), PANEL.min(cols.end - col)) };
-                }
-            }
-        }
-    });
 }
 
 #[cfg(test)]

@@ -3,10 +3,12 @@
 //! Backward, per row of d elements with g = dy·w: dx = ρ·(g − x·ρ²·mean(g·x)); dw = Σ_rows dy·x·ρ, summed in fixed
 //! chunks of rows that are added in order. Saved: x and ρ. (§2 of the report's equations; Zhang and Sennrich 2019.)
 
+use rayon::prelude::*;
+
 use crate::elementwise::add_assign;
 use crate::isa::{Isa, simd_fn};
 use crate::memory::buffer;
-use crate::vector::{collect, dot, for_row_chunks};
+use crate::vector::dot;
 use crate::{Back, Grads, Job, Param, ParamId, Tape, Tensor, Var, VarId, Weight};
 
 /// Rows a thread normalises at a time.
@@ -34,14 +36,18 @@ pub fn on_tape(tape: &mut Tape, x: &Var, w: &Param, eps: f32) -> Var {
 fn normalise(x: &Tensor, w: &[f32], eps: f32) -> (Vec<f32>, Vec<f32>) {
     let (rows, d, data) = (x.rows(), x.cols(), x.as_f32());
     assert_eq!(d, w.len(), "rms_norm of width {d} with a weight of {}", w.len());
-    let mut inverse_rms = vec![0.0; rows];
-    for_row_chunks(&mut inverse_rms, 1, CHUNK_ROWS, d, |first, chunk| {
-        inverse_rms_chunk(Isa::best(), &data[first * d..], d, eps, chunk);
-    });
-    let mut out = buffer(rows * d);
-    for_row_chunks(&mut out, d, CHUNK_ROWS, d, |first, chunk| {
-        scale_chunk(Isa::best(), &data[first * d..], w, &inverse_rms[first..], chunk);
-    });
+    let (mut out, mut inverse_rms) = (buffer(rows * d), vec![0.0; rows]);
+    let work = |chunk: usize, out: &mut [f32], inverse_rms: &mut [f32]| {
+        let x = &data[chunk * CHUNK_ROWS * d..];
+        inverse_rms_chunk(Isa::best(), x, d, eps, inverse_rms);
+        scale_chunk(Isa::best(), x, w, inverse_rms, out);
+    };
+    if rows <= CHUNK_ROWS {
+        work(0, &mut out, &mut inverse_rms);
+    } else {
+        let chunks = out.par_chunks_mut(CHUNK_ROWS * d).zip(inverse_rms.par_chunks_mut(CHUNK_ROWS)).enumerate();
+        chunks.for_each(|(chunk, (out, inverse_rms))| work(chunk, out, inverse_rms));
+    }
     (out, inverse_rms)
 }
 
@@ -106,31 +112,21 @@ impl Back for RmsNormBack {
         let dy = grads.take(self.out)?;
         let (d, w) = (self.weight.numel(), self.weight.as_f32());
         let (x, dy_data) = (self.input.value.as_f32(), dy.as_f32());
-        let mut dx = buffer(x.len());
-        for_row_chunks(&mut dx, d, CHUNK_ROWS, 2 * d, |first, chunk| {
-            let at = first * d;
-            input_grad_chunk(Isa::best(), &x[at..], &dy_data[at..], w, &self.inverse_rms[first..], chunk);
+        let rows = self.inverse_rms.len();
+        let (mut dx, mut partials) = (buffer(x.len()), vec![0.0; rows.div_ceil(GRAD_CHUNK_ROWS) * d]);
+        // Both gradients of some rows while these lie in a near cache; the job adds the chunks up.
+        let chunks = dx.par_chunks_mut(GRAD_CHUNK_ROWS * d).zip(partials.par_chunks_mut(d)).enumerate();
+        chunks.for_each(|(chunk, (dx, partial))| {
+            let (at, rho) = (chunk * GRAD_CHUNK_ROWS * d, &self.inverse_rms[chunk * GRAD_CHUNK_ROWS..]);
+            input_grad_chunk(Isa::best(), &x[at..], &dy_data[at..], w, rho, dx);
+            let rho = &rho[..dx.len() / d];
+            weight_grad_chunk(Isa::best(), &x[at..], &dy_data[at..], rho, partial);
         });
         grads.add(self.input.id(), Tensor::f32(self.input.value.shape(), dx));
         Some(Job::new(move |weights| {
             let slot = weights.slot(self.param, self.weight.shape());
-            add_weight_grad(slot, self.input.value.as_f32(), dy.as_f32(), &self.inverse_rms);
+            partials.chunks_exact(slot.len()).for_each(|partial| add_assign(slot, partial));
         }))
-    }
-}
-
-fn add_weight_grad(slot: &mut [f32], x: &[f32], dy: &[f32], inverse_rms: &[f32]) {
-    let d = slot.len();
-    let chunks = inverse_rms.len().div_ceil(GRAD_CHUNK_ROWS);
-    let partials = collect(chunks, GRAD_CHUNK_ROWS * d, |chunk| {
-        let mut partial = vec![0.0_f32; d];
-        let rows = chunk * GRAD_CHUNK_ROWS..inverse_rms.len().min((chunk + 1) * GRAD_CHUNK_ROWS);
-        let at = rows.start * d;
-        weight_grad_chunk(Isa::best(), &x[at..], &dy[at..], &inverse_rms[rows], &mut partial);
-        partial
-    });
-    for partial in partials {
-        add_assign(slot, &partial);
     }
 }
 

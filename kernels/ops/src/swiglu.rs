@@ -6,6 +6,8 @@
 
 use std::ops::Range;
 
+use rayon::prelude::*;
+
 use crate::fp8::{Fp8, decode_rows};
 use crate::isa::{Isa, simd_fn};
 use crate::memory::buffer;
@@ -40,18 +42,12 @@ simd_fn! {
 }
 
 simd_fn! {
-    fn gate_grad_chunk(g: &[f32], u: &[f32], dy: &[f32], out: &mut [f32]) {
-        for (((out, g), u), dy) in out.iter_mut().zip(g).zip(u).zip(dy) {
+    /// Turns gate and up into their gradients.
+    fn grad_chunk(g: &mut [f32], u: &mut [f32], dy: &[f32]) {
+        for ((g, u), dy) in g.iter_mut().zip(u).zip(dy) {
             let s = sigmoid(*g);
-            *out = dy * u * s * (1.0 + g * (1.0 - s));
-        }
-    }
-}
-
-simd_fn! {
-    fn up_grad_chunk(g: &[f32], dy: &[f32], out: &mut [f32]) {
-        for ((out, g), dy) in out.iter_mut().zip(g).zip(dy) {
-            *out = dy * g * sigmoid(*g);
+            let (d_gate, d_up) = (dy * *u * s * (1.0 + *g * (1.0 - s)), dy * *g * s);
+            (*g, *u) = (d_gate, d_up);
         }
     }
 }
@@ -127,21 +123,20 @@ struct SwigluBack {
 impl Back for SwigluBack {
     fn inputs(self: Box<Self>, grads: &mut Grads) -> Option<Job> {
         let dy = grads.take(self.out)?;
-        let (gate, up) = match self.kept {
+        // Each gradient takes the place of what it is made of.
+        let (mut gate, mut up) = match self.kept {
             Kept::Plain(gate, up) => (gate, up),
             Kept::Fp8(cached) => (cached.gate.dequantize(), cached.up.dequantize()),
         };
-        let (g, u, dy) = (gate.as_f32(), up.as_f32(), dy.as_f32());
-        let mut d_gate = buffer(g.len());
-        for_row_chunks(&mut d_gate, 1, CHUNK, WORK, |first, chunk| {
-            gate_grad_chunk(Isa::best(), &g[first..], &u[first..], &dy[first..], chunk);
-        });
-        let mut d_up = buffer(g.len());
-        for_row_chunks(&mut d_up, 1, CHUNK, WORK, |first, chunk| {
-            up_grad_chunk(Isa::best(), &g[first..], &dy[first..], chunk);
-        });
-        grads.add(self.gate, Tensor::f32(gate.shape(), d_gate));
-        grads.add(self.up, Tensor::f32(up.shape(), d_up));
+        let (g, u, dy) = (gate.as_f32_mut(), up.as_f32_mut(), dy.as_f32());
+        if g.len() <= CHUNK {
+            grad_chunk(Isa::best(), g, u, dy);
+        } else {
+            let chunks = g.par_chunks_mut(CHUNK).zip(u.par_chunks_mut(CHUNK)).zip(dy.par_chunks(CHUNK));
+            chunks.for_each(|((g, u), dy)| grad_chunk(Isa::best(), g, u, dy));
+        }
+        grads.add(self.gate, gate);
+        grads.add(self.up, up);
         None
     }
 

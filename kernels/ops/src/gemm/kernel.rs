@@ -67,11 +67,13 @@ pub(super) unsafe fn run(isa: Isa, form: Form, call: Call, rows: usize, cols: us
     let mut edge = [0f32; ROWS_MAX * PANEL];
     // SAFETY: `edge` holds 8 rows of a panel; A and B are as the caller promised.
     unsafe { columns(isa, form, Call { c: edge.as_mut_ptr(), c_stride: PANEL, add: false, ..call }, rows, half) };
-    for i in 0..rows {
-        for j in 0..cols {
-            // SAFETY: within the rows and columns of C that the caller promised.
-            let c = unsafe { &mut *call.c.add(i * call.c_stride + j) };
-            *c = if call.add { *c + edge[i * PANEL + j] } else { edge[i * PANEL + j] };
+    for (i, sums) in edge.chunks_exact(PANEL).enumerate().take(rows) {
+        // SAFETY: within the rows and columns of C that the caller promised, which nobody else touches.
+        let c = unsafe { std::slice::from_raw_parts_mut(call.c.add(i * call.c_stride), cols) };
+        if call.add {
+            c.iter_mut().zip(sums).for_each(|(c, sum)| *c += sum);
+        } else {
+            c.copy_from_slice(&sums[..cols]);
         }
     }
 }
@@ -128,18 +130,26 @@ unsafe fn block<L: Lanes, const R: usize, const V: usize>(call: Call, width: usi
                 a = a.wrapping_add(call.col_stride);
                 b = b.wrapping_add(call.b_stride);
             }
-            for r in 0..R {
-                for v in 0..V {
-                    let c = call.c.add(r * call.c_stride + col + v * L::COUNT);
-                    let sum = match call.scales {
-                        None => acc[r][v],
-                        Some(scales) => {
-                            let row = L::splat(*scales.rows.add(r * scales.row_stride));
-                            acc[r][v].mul(row).mul(L::load(scales.cols.add(col + v * L::COUNT)))
-                        }
-                    };
-                    let sum = if call.add { L::load(c).add(sum) } else { sum };
-                    sum.store(c);
+            if let Some(scales) = call.scales {
+                for r in 0..R {
+                    let row = L::splat(*scales.rows.add(r * scales.row_stride));
+                    for v in 0..V {
+                        acc[r][v] = acc[r][v].mul(row).mul(L::load(scales.cols.add(col + v * L::COUNT)));
+                    }
+                }
+            }
+            if call.add {
+                for r in 0..R {
+                    for v in 0..V {
+                        let c = call.c.add(r * call.c_stride + col + v * L::COUNT);
+                        L::load(c).add(acc[r][v]).store(c);
+                    }
+                }
+            } else {
+                for r in 0..R {
+                    for v in 0..V {
+                        acc[r][v].store(call.c.add(r * call.c_stride + col + v * L::COUNT));
+                    }
                 }
             }
         }

@@ -1,7 +1,7 @@
 //! Packing: what the micro-kernel reads, from matrices as they lie.
 //!
 //! A panel of B is `[k][32]`, zero past the last column. A block of A whose rows are not contiguous along k is packed as
-//! `[rows / step][k][step]`, zero past the last row.
+//! groups `[k][step]` of rows, zero past the last row.
 
 use std::ops::Range;
 
@@ -85,17 +85,17 @@ fn copy_padded<const N: usize>(from: &[f32], out: &mut [f32]) {
     }
 }
 
-/// Packs rows `rows` and columns `ks` of `a`, `step` (4, 6 or 8) rows side by side.
-pub(super) fn left(a: Mat<'_>, rows: Range<usize>, ks: Range<usize>, step: usize, out: &mut [f32]) {
+/// Packs rows `rows` and columns `ks` of `a`, `step` (4, 6 or 8) rows side by side; such groups lie `group` elements apart.
+pub(super) fn left(a: Mat<'_>, rows: Range<usize>, ks: Range<usize>, (step, group): (usize, usize), out: &mut [f32]) {
     match step {
-        8 => left_by::<8>(a, rows, ks, out),
-        6 => left_by::<6>(a, rows, ks, out),
-        _ => left_by::<4>(a, rows, ks, out),
+        8 => left_by::<8>(a, rows, ks, group, out),
+        6 => left_by::<6>(a, rows, ks, group, out),
+        _ => left_by::<4>(a, rows, ks, group, out),
     }
 }
 
-fn left_by<const STEP: usize>(a: Mat<'_>, rows: Range<usize>, ks: Range<usize>, out: &mut [f32]) {
-    for (first, out) in rows.clone().step_by(STEP).zip(out.chunks_mut(STEP * ks.len())) {
+fn left_by<const STEP: usize>(a: Mat<'_>, rows: Range<usize>, ks: Range<usize>, group: usize, out: &mut [f32]) {
+    for (first, out) in rows.clone().step_by(STEP).zip(out.chunks_mut(group)) {
         let width = STEP.min(rows.end - first);
         for (k, out) in ks.clone().zip(out.chunks_exact_mut(STEP)) {
             let start = first * a.row_stride + k * a.col_stride;
