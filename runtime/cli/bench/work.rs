@@ -4,7 +4,7 @@
 use std::time::Instant;
 
 use dsv3_core::{Error, Rng};
-use dsv3_estimate::{Named, flops};
+use dsv3_estimate::Named;
 use dsv3_infer::{Options, Request, Scheduler};
 use dsv3_model::{Batch, LatentCache, Model, ModelConfig, PAGE_TOKENS, weight_names::Role};
 use dsv3_ops::Precision;
@@ -109,6 +109,7 @@ pub(super) fn decode(named: &Named, setup: &Setup) -> Result<Measured, Error> {
     }
     // The prompts, and the first token of each.
     scheduler.step(&mut |_, _| true)?;
+    let before = scheduler.counters();
     let seconds = repeat(setup, || {
         let before = scheduler.counters().generated_tokens;
         let started = Instant::now();
@@ -121,7 +122,9 @@ pub(super) fn decode(named: &Named, setup: &Setup) -> Result<Measured, Error> {
             Err(Error::internal(format!("a step made {made} tokens")))
         }
     })?;
-    Ok(Measured { tokens_per_step: setup.batch, seconds, bytes_per_step: Some(bytes_read(&model, setup)) })
+    let after = scheduler.counters();
+    let experts = (after.experts_read - before.experts_read) as f64 / (after.steps - before.steps).max(1) as f64;
+    Ok(Measured { tokens_per_step: setup.batch, seconds, bytes_per_step: Some(bytes_read(&model, setup, experts)) })
 }
 
 /// Prompts up to their first token, new ones at every step.
@@ -150,10 +153,13 @@ fn frozen(config: &ModelConfig, setup: &Setup) -> Result<Model, Error> {
     Ok(model)
 }
 
-/// Weights that a step touches, at the size of their encoding, and the latents it attends to. Of the routed experts those
-/// that count on average under level routing; of the embedding nothing.
-fn bytes_read(model: &Model, setup: &Setup) -> f64 {
-    let share = flops::experts_touched(&model.config, setup.batch) / model.config.n_routed_experts as f64;
+/// Weights that a step touches, at the size of their encoding, and the latents it attends to. `experts` is how many routed
+/// experts had rows in a step, over all layers, as counted; of the embedding nothing is read.
+fn bytes_read(model: &Model, setup: &Setup, experts: f64) -> f64 {
+    let stacks = model.infos().iter().filter(|info| info.shape.len() == 3);
+    let layers = stacks.map(|info| info.name.rsplit_once(".experts").map_or("", |(layer, _)| layer));
+    let layers = layers.collect::<std::collections::BTreeSet<_>>().len();
+    let share = experts / (layers * model.config.n_routed_experts).max(1) as f64;
     let weights = model.infos().iter().zip(model.params()).filter(|(info, _)| info.role != Role::Embedding);
     let weights = weights.map(|(info, param)| {
         let routed = if info.shape.len() == 3 { share } else { 1.0 };

@@ -36,6 +36,11 @@ pub trait Decoder: Send + Sync {
     /// Bytes of cache per token.
     fn token_bytes(&self) -> usize;
 
+    /// Routed experts that had any row, summed over layers and calls of [`Decoder::forward`] on `cache`; 0 without experts.
+    fn experts_read(&self, _cache: &Self::Cache) -> u64 {
+        0
+    }
+
     /// An empty cache of `pages` pages.
     fn cache(&self, pages: usize) -> Self::Cache;
 

@@ -51,6 +51,10 @@ impl Decoder for Model {
         LatentCache::token_bytes(self, self.latents())
     }
 
+    fn experts_read(&self, cache: &ModelCache) -> u64 {
+        cache.latents.experts_read()
+    }
+
     fn cache(&self, pages: usize) -> ModelCache {
         ModelCache { latents: LatentCache::new(self, pages, self.latents()), names: BTreeMap::new(), next: 0 }
     }

@@ -67,6 +67,8 @@ pub struct Counters {
     pub drafts_tried: u64,
     /// Of those, the ones the main model would have chosen too.
     pub drafts_accepted: u64,
+    /// Routed experts that had any row, summed over layers and steps.
+    pub experts_read: u64,
     /// Sequences running now.
     pub running: u64,
     /// Requests waiting now.
@@ -154,7 +156,8 @@ impl<'a, D: Decoder> Scheduler<'a, D> {
     pub fn counters(&self) -> Counters {
         let followers: usize = self.running.iter().map(|sequence| sequence.followers.len()).sum();
         let running = (self.running.len() + followers) as u64;
-        Counters { running, waiting: self.waiting.len() as u64, ..self.counters }
+        let experts_read = self.decoder.experts_read(&self.cache);
+        Counters { running, waiting: self.waiting.len() as u64, experts_read, ..self.counters }
     }
 
     /// Whether nothing runs or waits.

@@ -221,7 +221,11 @@ impl Model {
         let h = rms_norm::forward(&x, &w[block.post_norm as usize].compute, eps);
         let h = match &block.feedforward {
             Feedforward::Dense(mlp) => mlp.infer(w, &h),
-            Feedforward::Moe(moe) => moe.infer(w, &self.biases[moe.bias], &self.shape.router, &h),
+            Feedforward::Moe(moe) => {
+                let (h, experts) = moe.infer(w, &self.biases[moe.bias], &self.shape.router, &h);
+                cache.count_experts(experts);
+                h
+            }
         };
         elementwise::add(&x, &h)
     }

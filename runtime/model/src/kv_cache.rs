@@ -56,6 +56,7 @@ pub struct LatentCache {
     sequences: BTreeMap<SeqId, Sequence>,
     modules: usize,
     next: u64,
+    experts_read: u64,
 }
 
 impl LatentCache {
@@ -77,6 +78,7 @@ impl LatentCache {
             sequences: BTreeMap::new(),
             modules,
             next: 0,
+            experts_read: 0,
         }
     }
 
@@ -134,6 +136,17 @@ impl LatentCache {
     /// Rows of prediction module `module` (from 0) of a sequence.
     pub fn mtp_len(&self, seq: SeqId, module: usize) -> usize {
         self.sequences.get(&seq).and_then(|sequence| sequence.mtp_lens.get(module).copied()).unwrap_or(0)
+    }
+
+    /// Routed experts that had any row, summed over layers and calls of the model on this cache: how often the weights of
+    /// one expert were read.
+    pub fn experts_read(&self) -> u64 {
+        self.experts_read
+    }
+
+    /// Counts experts that had rows in one layer.
+    pub(crate) fn count_experts(&mut self, count: usize) {
+        self.experts_read += count as u64;
     }
 
     /// Pages nobody owns.

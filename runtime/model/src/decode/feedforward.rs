@@ -47,8 +47,8 @@ impl Mlp {
 }
 
 impl Moe {
-    /// The layer on `x` `[T, d]`, with this layer's router `bias`.
-    pub(crate) fn infer(&self, w: &[Param], bias: &[f32], config: &router::Config, x: &Tensor) -> Tensor {
+    /// The layer on `x` `[T, d]`, with this layer's router `bias`, and how many routed experts had rows.
+    pub(crate) fn infer(&self, w: &[Param], bias: &[f32], config: &router::Config, x: &Tensor) -> (Tensor, usize) {
         let scores = router::scores_forward(x, &w[self.router as usize].compute);
         let chosen = router::select(&scores, bias, config);
         let gates = router::gates_forward(&scores, &chosen, config);
@@ -58,6 +58,7 @@ impl Moe {
         parts.extend(self.shared.iter().map(|mlp| Part { mlp, x, offsets: None }));
         let outputs = together(w, &parts);
         let y = permute::combine_forward(&outputs[0], &gates, &dispatch);
-        outputs.get(1).map_or_else(|| y.clone(), |shared| elementwise::add(&y, shared))
+        let y = outputs.get(1).map_or_else(|| y.clone(), |shared| elementwise::add(&y, shared));
+        (y, dispatch.offsets.windows(2).filter(|rows| rows[1] > rows[0]).count())
     }
 }
