@@ -17,7 +17,7 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 pub(crate) use codes::{CodeProduct, Form, RowScales, Scaled, pair, run_codes, run_mixed};
-pub(crate) use few::Elements;
+pub(crate) use few::{Elements, unpack_bf16, unpack_codes};
 pub(crate) use pack::Right;
 pub(crate) use transpose::transpose_panel;
 

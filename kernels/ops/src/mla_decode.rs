@@ -274,7 +274,8 @@ impl Walk {
                 };
                 let results = out.chunks_exact_mut(self.heads * self.rank);
                 let each = rows.iter().zip(&mut states).zip(q.chunks_exact(self.heads * self.width)).zip(results);
-                for (((row, state), q), out) in each {
+                for (i, (((row, state), q), out)) in each.enumerate() {
+                    let next = if i == 0 { next } else { &[] };
                     let tokens = row.len.saturating_sub(seen).min(tokens);
                     if tokens > 0 {
                         scores.resize(self.heads * tokens, 0.0);

@@ -96,6 +96,32 @@ pub(super) unsafe fn panel(elements: Elements<'_>, index: usize, k: usize, rows:
     }
 }
 
+/// Words of pairs, `[..][32]`, of a panel's blocks of codes; false where only the written form can make them.
+pub(crate) fn unpack_codes(isa: Isa, codes: &[u8], encoding: Encoding, out: &mut [f32]) -> bool {
+    #[cfg(target_arch = "x86_64")]
+    if isa.has_bf16_dot() {
+        assert_eq!(codes.len(), 2 * out.len(), "two codes make a word");
+        // SAFETY: the features were detected, and the sizes are checked.
+        unsafe { x86::unpack_codes(codes, encoding, out) };
+        return true;
+    }
+    let _ = (isa, codes, encoding, out);
+    false
+}
+
+/// The values, `[k][32]`, of a panel's blocks of BF16 elements, the last one perhaps without its second input; false as above.
+pub(crate) fn unpack_bf16(isa: Isa, elements: &[bf16], out: &mut [f32]) -> bool {
+    #[cfg(target_arch = "x86_64")]
+    if isa.kind() == crate::isa::Kind::Avx512 {
+        assert!(elements.len() >= out.len() && out.len().is_multiple_of(PANEL), "an element makes a value");
+        // SAFETY: as above.
+        unsafe { x86::unpack_bf16(elements, out) };
+        return true;
+    }
+    let _ = (isa, elements, out);
+    false
+}
+
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     //! SAFETY, for the whole module: functions are called where `has_kernel` found their features, with pointers valid as
@@ -253,25 +279,17 @@ mod x86 {
         sums: &mut Sums,
     ) {
         let table = Table::of(encoding);
-        let sign = _mm512_set1_epi8(i8::MIN);
         for (block, start) in (0..k).step_by(BLOCK_K).enumerate() {
             // SAFETY: see the module; a word of pairs past an odd k holds a zero, and so does the panel.
             unsafe {
-                let [low, high] = table.vectors();
+                let vectors = table.vectors();
                 let mut acc = [[_mm512_setzero_ps(); 2]; R];
                 let mut a = rows.a.add(start / 2);
                 for p in (start..k.min(start + BLOCK_K)).step_by(2) {
                     let at = panel.as_ptr().add(p * PANEL);
                     _mm_prefetch::<_MM_HINT_T0>(at.cast::<i8>().wrapping_add(AHEAD));
                     let codes = _mm512_loadu_si512(at.cast());
-                    let lower = _mm512_permutex2var_epi8(low[0], codes, low[1]);
-                    let upper = _mm512_permutex2var_epi8(high[0], codes, high[1]);
-                    // upper | (codes & sign)
-                    let upper = _mm512_ternarylogic_epi32::<0xf8>(upper, codes, sign);
-                    let b: [__m512bh; 2] = [
-                        std::mem::transmute::<__m512i, __m512bh>(_mm512_unpacklo_epi8(lower, upper)),
-                        std::mem::transmute::<__m512i, __m512bh>(_mm512_unpackhi_epi8(lower, upper)),
-                    ];
+                    let b = decode(codes, vectors).map(|b| std::mem::transmute::<__m512i, __m512bh>(b));
                     for r in 0..R {
                         let x = std::mem::transmute::<__m512, __m512bh>(_mm512_set1_ps(*a.add(r * rows.stride)));
                         acc[r] = [_mm512_dpbf16_ps(acc[r][0], x, b[0]), _mm512_dpbf16_ps(acc[r][1], x, b[1])];
@@ -280,6 +298,48 @@ mod x86 {
                 }
                 let of_row = |r: usize| *rows.scales.add(r * rows.scale_strides.0 + block * rows.scale_strides.1);
                 add_block(sums, &acc, fresh && start == 0, Some((&std::array::from_fn(of_row), scales[block])));
+            }
+        }
+    }
+
+    /// The pairs of a block of 64 codes, columns 0 to 15 and 16 to 31.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512bf16,avx2,fma")]
+    fn decode(codes: __m512i, [low, high]: [[__m512i; 2]; 2]) -> [__m512i; 2] {
+        let lower = _mm512_permutex2var_epi8(low[0], codes, low[1]);
+        let upper = _mm512_permutex2var_epi8(high[0], codes, high[1]);
+        // upper | (codes & sign)
+        let upper = _mm512_ternarylogic_epi32::<0xf8>(upper, codes, _mm512_set1_epi8(i8::MIN));
+        [_mm512_unpacklo_epi8(lower, upper), _mm512_unpackhi_epi8(lower, upper)]
+    }
+
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512bf16,avx2,fma")]
+    pub(super) unsafe fn unpack_codes(codes: &[u8], encoding: Encoding, out: &mut [f32]) {
+        // SAFETY: see the module; chunks have the bytes of the vectors.
+        unsafe {
+            let vectors = Table::of(encoding).vectors();
+            for (codes, out) in codes.chunks_exact(2 * PANEL).zip(out.chunks_exact_mut(PANEL)) {
+                let [first, second] = decode(_mm512_loadu_si512(codes.as_ptr().cast()), vectors);
+                _mm512_storeu_si512(out.as_mut_ptr().cast(), first);
+                _mm512_storeu_si512(out.as_mut_ptr().add(16).cast(), second);
+            }
+        }
+    }
+
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
+    pub(super) unsafe fn unpack_bf16(elements: &[bf16], out: &mut [f32]) {
+        let upper = _mm512_set1_epi32(0xffff_0000_u32 as i32);
+        // SAFETY: see the module; chunks have the bytes of the vectors.
+        unsafe {
+            for (block, out) in elements.chunks_exact(2 * PANEL).zip(out.chunks_mut(2 * PANEL)) {
+                let words = [0, PANEL].map(|at| _mm512_loadu_si512(block.as_ptr().add(at).cast()));
+                for (i, word) in words.into_iter().enumerate() {
+                    let to = out.as_mut_ptr().add(16 * i);
+                    _mm512_storeu_si512(to.cast(), _mm512_and_si512(word, upper));
+                    if out.len() > PANEL {
+                        _mm512_storeu_si512(to.add(PANEL).cast(), _mm512_slli_epi32::<16>(word));
+                    }
+                }
             }
         }
     }

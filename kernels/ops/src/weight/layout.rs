@@ -17,7 +17,7 @@ use rayon::prelude::*;
 
 use super::{Layout, Weight};
 use crate::fp8::TILE;
-use crate::gemm::{Elements, PANEL};
+use crate::gemm::{Elements, PANEL, unpack_bf16};
 use crate::isa::Isa;
 use crate::{DType, Tensor, scratch};
 
@@ -129,7 +129,11 @@ impl Weight {
         }
         // Index 1 of a block is the element of its first input and first output.
         let at = self.panel_index(matrix, first, ks.start) - 1;
-        scratch::with_f32(ks.len().next_multiple_of(2) * PANEL, |pairs| {
+        let len = ks.len().next_multiple_of(2) * PANEL;
+        if dtype == DType::Bf16 && unpack_bf16(isa, &self.elements.as_bf16()[at..at + len], out) {
+            return;
+        }
+        scratch::with_f32(len, |pairs| {
             self.decode(isa, matrix, first, ks.start, at, pairs);
             if dtype == DType::Bf16 { in_order::<bf16>(pairs, out) } else { in_order::<u8>(pairs, out) }
         });
