@@ -96,6 +96,7 @@ mod glibc {
     const TRIM_THRESHOLD: c_int = -1;
     const TOP_PAD: c_int = -2;
     const MMAP_THRESHOLD: c_int = -3;
+    const ARENA_MAX: c_int = -8;
     /// The largest threshold glibc takes on 64-bit machines.
     const MMAP_BYTES: c_int = 32 << 20;
     /// Size of a thread arena's heap: none is ever empty enough to be unmapped.
@@ -112,7 +113,10 @@ mod glibc {
     }
 
     pub(super) fn set() {
-        for (parameter, value) in [(TRIM_THRESHOLD, c_int::MAX), (TOP_PAD, HEAP_BYTES), (MMAP_THRESHOLD, MMAP_BYTES)] {
+        // One arena: a thread's own is cut into heaps of 64 MiB, of which large buffers waste a third.
+        let settings =
+            [(TRIM_THRESHOLD, c_int::MAX), (TOP_PAD, HEAP_BYTES), (MMAP_THRESHOLD, MMAP_BYTES), (ARENA_MAX, 1)];
+        for (parameter, value) in settings {
             // SAFETY: `mallopt` takes two integers, may be called at any time, and refuses values it does not like.
             unsafe { mallopt(parameter, value) };
         }
