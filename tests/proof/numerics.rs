@@ -120,13 +120,14 @@ fn saved_inputs_take_a_byte_an_element() {
         model.forward_train(&mut tape, &batch, TrainOptions::default()).expect("the batch suits the model");
         tape.saved_input_bytes() as f64
     };
-    let elements = saved(&wide(), Precision::F32) / 4.0;
+    let elements = saved(&wide(), Precision::Bf16) / 2.0;
     assert!(elements > 0.0);
-    assert_eq!(saved(&wide(), Precision::Bf16) / elements, 2.0);
+    // In F32 the rows of the experts are gathered again instead.
+    assert!(saved(&wide(), Precision::F32) < 4.0 * elements);
     let bytes = saved(&wide(), FP8) / elements;
     assert!((1.0..=1.05).contains(&bytes), "{bytes} bytes an element");
     // A ragged tile of width w costs 1 + 4/w; the narrowest input here has 12 columns.
-    let ragged = saved(&config(), FP8) / (saved(&config(), Precision::F32) / 4.0);
+    let ragged = saved(&config(), FP8) / (saved(&config(), Precision::Bf16) / 2.0);
     assert!(ragged > bytes && ragged <= 1.0 + 4.0 / 12.0, "{ragged} bytes an element in ragged tiles");
 }
 

@@ -5,6 +5,8 @@
 //! gradient is quantised from its f32 values in both shapes. Products read the codes and, apart from them, the scales
 //! (`gemm/codes.rs`). Single layers may keep their input in another form or take other scales (`fp8/exceptions.rs`).
 
+use std::sync::Arc;
+
 use half::bf16;
 use rayon::prelude::*;
 
@@ -14,6 +16,7 @@ use crate::fp8::{
 };
 use crate::gemm::Form;
 use crate::isa::Isa;
+use crate::permute::{self, Dispatch};
 use crate::swiglu::Cached;
 use crate::{Precision, Tensor, bfloat, memory};
 
@@ -73,6 +76,8 @@ pub(crate) enum Saved {
     E5m6(E5m6),
     /// Nothing of its own: the codes are those that SwiGLU keeps for its backward pass.
     Swiglu(Cached),
+    /// Nothing of its own: rows of a tensor that other ops keep, gathered again.
+    Gathered(Tensor, Arc<Dispatch>),
 }
 
 impl Saved {
@@ -82,7 +87,7 @@ impl Saved {
             Self::F32(x) | Self::Bf16(x) => x.bytes(),
             Self::Fp8(x) => x.bytes(),
             Self::E5m6(x) => x.bytes(),
-            Self::Swiglu(_) => 0,
+            Self::Swiglu(_) | Self::Gathered(..) => 0,
         }
     }
 }
@@ -178,7 +183,7 @@ pub(crate) fn saved_columns(saved: &Saved, rounding: Rounding, offsets: &[usize]
             let fill: Fill<'_> = &|range, out| x.output(range, out);
             columns(x.shape(), offsets, encoding, scales, Source::Computed(fill))
         }
-        Saved::F32(_) | Saved::Bf16(_) => Columns::Values(saved_plain(saved)),
+        Saved::F32(_) | Saved::Bf16(_) | Saved::Gathered(..) => Columns::Values(saved_plain(saved)),
     }
 }
 
@@ -186,6 +191,7 @@ pub(crate) fn saved_columns(saved: &Saved, rounding: Rounding, offsets: &[usize]
 fn saved_plain(saved: &Saved) -> Tensor {
     match saved {
         Saved::F32(x) => x.clone(),
+        Saved::Gathered(x, dispatch) => permute::forward(x, dispatch),
         Saved::Bf16(x) => {
             let mut values = memory::buffer(x.numel());
             by_chunks(x.as_bf16(), &mut values, |x, values| bfloat::widen(Isa::best(), x, values));

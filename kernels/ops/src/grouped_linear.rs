@@ -11,9 +11,10 @@ use crate::activation::{self, Columns, Rows, Saved};
 use crate::fp8::TILE;
 use crate::gemm::{self, CodeProduct, Mat, Product, Right, RowScales, Scaled};
 use crate::isa::Isa;
+use crate::permute::Dispatch;
 use crate::swiglu::Cached;
 use crate::weight::{CodeOperand, Operand};
-use crate::{Back, Grads, Job, Param, ParamId, Tape, Tensor, Var, VarId, Weight, WeightGrads, memory};
+use crate::{Back, Grads, Job, Param, ParamId, Precision, Tape, Tensor, Var, VarId, Weight, WeightGrads, memory};
 
 /// `[slots, in]` → `[slots, out]`.
 ///
@@ -55,6 +56,25 @@ pub fn on_tape_many(tape: &mut Tape, x: &Var, offsets: &Arc<[usize]>, ws: &[&Par
     assert!(ws.iter().all(|w| w.compute.rounding() == rounding), "weights that share an input round it differently");
     let (rows, saved) = activation::input(&x.value, rounding, tape.is_recording());
     record(tape, x, offsets, ws, &rows, saved)
+}
+
+/// As [`on_tape_many`] for the rows `slots` that `dispatch` makes of `x`. In F32 they are not kept: the weight gradients
+/// gather them from `x` again.
+///
+/// # Panics
+/// When the shapes do not fit or the precisions or exceptions differ.
+pub fn on_tape_dispatched(
+    tape: &mut Tape,
+    slots: &Var,
+    x: &Tensor,
+    dispatch: &Arc<Dispatch>,
+    ws: &[&Param],
+) -> Vec<Var> {
+    if !tape.is_recording() || ws.iter().any(|w| w.compute.precision() != Precision::F32) {
+        return on_tape_many(tape, slots, &dispatch.offsets, ws);
+    }
+    let rows = Rows::Values(slots.value.clone());
+    record(tape, slots, &dispatch.offsets, ws, &rows, Some(Saved::Gathered(x.clone(), dispatch.clone())))
 }
 
 /// The outputs of `x`, which rounds to `rows`, and the backward pass if something was saved for it.
@@ -233,7 +253,7 @@ fn columns_times(a: &Columns, b: &Columns, offsets: &[usize], [n, k]: [usize; 2]
 mod tests {
     use super::*;
     use crate::testing::{check_gradients, param, values};
-    use crate::{Fp8Format, Fp8Scales, Precision, linear};
+    use crate::{Fp8Format, Fp8Scales, linear};
 
     #[test]
     fn gradients_match_differences() {

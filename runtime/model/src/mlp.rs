@@ -4,6 +4,7 @@
 
 use std::sync::Arc;
 
+use dsv3_ops::permute::Dispatch;
 use dsv3_ops::{Param, ParamId, Tape, Var, grouped_linear, swiglu};
 
 /// Parameters of one MLP, or of a stack of experts (each `[experts, out, in]`).
@@ -23,8 +24,27 @@ impl Mlp {
 
     /// Expert e on rows `offsets[e]..offsets[e + 1]` of `x` `[slots, d]`.
     pub(crate) fn grouped(&self, tape: &mut Tape, w: &[Param], x: &Var, offsets: &Arc<[usize]>) -> Var {
-        let [gate, up, down] = [self.gate, self.up, self.down].map(|id| &w[id as usize]);
-        let inner = grouped_linear::on_tape_many(tape, x, offsets, &[gate, up]);
+        let inner = grouped_linear::on_tape_many(tape, x, offsets, &[&w[self.gate as usize], &w[self.up as usize]]);
+        self.down(tape, w, &inner, offsets)
+    }
+
+    /// Every expert on its rows of `slots`, which `dispatch` makes of `x` `[T, d]`.
+    pub(crate) fn dispatched(
+        &self,
+        tape: &mut Tape,
+        w: &[Param],
+        slots: &Var,
+        x: &Var,
+        dispatch: &Arc<Dispatch>,
+    ) -> Var {
+        let gate_and_up = [&w[self.gate as usize], &w[self.up as usize]];
+        let inner = grouped_linear::on_tape_dispatched(tape, slots, &x.value, dispatch, &gate_and_up);
+        self.down(tape, w, &inner, &dispatch.offsets)
+    }
+
+    /// SwiGLU of gate and up, and the down projection.
+    fn down(&self, tape: &mut Tape, w: &[Param], inner: &[Var], offsets: &Arc<[usize]>) -> Var {
+        let down = &w[self.down as usize];
         if !down.compute.exceptions().swiglu_recomputed {
             let inner = swiglu::on_tape(tape, &inner[0], &inner[1]);
             return grouped_linear::on_tape(tape, &inner, offsets, down);

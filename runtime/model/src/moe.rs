@@ -49,7 +49,7 @@ impl Moe {
         let gates = router::gates_on_tape(tape, &scores, &chosen, config);
         let dispatch = Arc::new(Dispatch::new(&chosen, config.experts));
         let slots = permute::on_tape(tape, x, &dispatch);
-        let slots = self.experts.grouped(tape, w, &slots, &dispatch.offsets);
+        let slots = self.experts.dispatched(tape, w, &slots, x, &dispatch);
         let mut y = permute::combine_on_tape(tape, &slots, &gates, &dispatch);
         if let Some(shared) = &self.shared {
             let shared = shared.forward(tape, w, x);
