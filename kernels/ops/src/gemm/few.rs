@@ -319,6 +319,8 @@ mod x86 {
         unsafe {
             let vectors = Table::of(encoding).vectors();
             for (codes, out) in codes.chunks_exact(2 * PANEL).zip(out.chunks_exact_mut(PANEL)) {
+                // The next block of k is read soon, and lies there.
+                _mm_prefetch::<_MM_HINT_T1>(codes.as_ptr().cast::<i8>().wrapping_add(BLOCK_K * PANEL));
                 let [first, second] = decode(_mm512_loadu_si512(codes.as_ptr().cast()), vectors);
                 _mm512_storeu_si512(out.as_mut_ptr().cast(), first);
                 _mm512_storeu_si512(out.as_mut_ptr().add(16).cast(), second);
@@ -332,7 +334,11 @@ mod x86 {
         // SAFETY: see the module; chunks have the bytes of the vectors.
         unsafe {
             for (block, out) in elements.chunks_exact(2 * PANEL).zip(out.chunks_mut(2 * PANEL)) {
-                let words = [0, PANEL].map(|at| _mm512_loadu_si512(block.as_ptr().add(at).cast()));
+                let words = [0, PANEL].map(|at| {
+                    let at = block.as_ptr().add(at);
+                    _mm_prefetch::<_MM_HINT_T1>(at.wrapping_add(BLOCK_K * PANEL).cast());
+                    _mm512_loadu_si512(at.cast())
+                });
                 for (i, word) in words.into_iter().enumerate() {
                     let to = out.as_mut_ptr().add(16 * i);
                     _mm512_storeu_si512(to.cast(), _mm512_and_si512(word, upper));
