@@ -266,8 +266,31 @@ fn bench_reports_fractions_that_can_be_checked() {
         assert_eq!((number("threads"), number("steps"), report["precision"].as_str()), (2.0, 2.0, Some("f32")));
         assert!(report["peak_bytes"].as_u64().is_none_or(|bytes| bytes > 1 << 20), "{report}");
         assert!(report["isa"].is_string() && report["config"] == "demo" && report["mtp"] == false, "{report}");
+        let (gemm, own) = (number("ceiling_gemm_gflops"), number("ceiling_own_gflops"));
+        assert!(gemm > 0.0 && own > 0.0 && number("ceiling_gflops") == gemm.max(own), "{report}");
     }
     dir.expect(64, &["bench", "train", "--config", "L"]);
     dir.expect(64, &["bench", "train", "--config", "XL"]);
     dir.expect(64, &["bench", "fly", "--config", "demo"]);
+    let (_, err) = dir.expect(64, &["bench", "decode", "--config", "demo", "--perf-control", "no/such/fifo"]);
+    assert!(err.contains("no/such/fifo"), "{err}");
+}
+
+/// The narrower set is used where the machine has it, and named where it does not.
+#[test]
+fn bench_runs_on_the_instruction_set_asked_for() {
+    let dir = Dir::new();
+    let args = ["bench", "decode", "--config", "demo", "--steps", "1", "--context", "16", "--json", "--isa", "avx2"];
+    #[cfg(target_arch = "x86_64")]
+    let found = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
+    #[cfg(not(target_arch = "x86_64"))]
+    let found = false;
+    let (out, err) = dir.expect(if found { 0 } else { 64 }, &args);
+    if found {
+        let report: Value = serde_json::from_str(&out).unwrap_or_else(|error| panic!("{error}: {out}"));
+        assert_eq!(report["isa"], "AVX2", "{report}");
+    } else {
+        assert!(err.contains("avx2") && err.contains("portable"), "{err}");
+    }
+    dir.expect(64, &["bench", "decode", "--config", "demo", "--isa", "sse"]);
 }

@@ -1,7 +1,11 @@
 //! The work that `bench` measures, step by step, on the paths that stages and the server take: `Trainer::train_step`, and
 //! the scheduler over the latent cache.
 
-use std::time::Instant;
+use std::{
+    path::PathBuf,
+    thread,
+    time::{Duration, Instant},
+};
 
 use dsv3_core::{Error, Rng};
 use dsv3_estimate::Named;
@@ -17,14 +21,19 @@ const LOGIT_ROWS: usize = 1024;
 /// Prompt tokens of one pass.
 const PREFILL_TOKENS: usize = 2048;
 
+/// What `perf` may take to follow a command.
+const PERF_DELAY: Duration = Duration::from_millis(50);
+
 /// How a piece of work is measured.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Setup {
     pub(super) precision: Precision,
     pub(super) batch: usize,
     pub(super) context: usize,
     pub(super) steps: usize,
     pub(super) warmup: usize,
+    /// Where `perf record --control` listens.
+    pub(super) perf_control: Option<PathBuf>,
 }
 
 /// What was measured.
@@ -51,12 +60,24 @@ impl Measured {
     }
 }
 
+/// Tells a listening `perf` to `enable` or `disable` its counters.
+fn perf(setup: &Setup, command: &str) -> Result<(), Error> {
+    let Some(path) = &setup.perf_control else { return Ok(()) };
+    let told = std::fs::write(path, format!("{command}\n"));
+    told.map_err(|error| Error::invalid(format!("perf does not listen at {}: {error}", path.display())))?;
+    thread::sleep(PERF_DELAY);
+    Ok(())
+}
+
 /// Times `steps` calls after `warmup` ones. `step` gives the seconds it wants counted.
 fn repeat(setup: &Setup, mut step: impl FnMut() -> Result<f64, Error>) -> Result<Vec<f64>, Error> {
     for _ in 0..setup.warmup {
         step()?;
     }
-    (0..setup.steps).map(|_| step()).collect()
+    perf(setup, "enable")?;
+    let seconds = (0..setup.steps).map(|_| step()).collect();
+    perf(setup, "disable")?;
+    seconds
 }
 
 fn tokens(rng: &mut Rng, config: &ModelConfig, count: usize) -> Vec<u32> {
