@@ -40,7 +40,7 @@ fn optimiser(bench: &mut Bench, name: &str, op: &str, precision: Precision, enco
     let mut optimiser = AdamW::new(AdamWConfig::default(), &model);
     let mut grads = WeightGrads::default();
     for (info, param) in model.infos().iter().zip(model.params()) {
-        grads.add(param.id, &values(&info.shape, u64::from(param.id)));
+        grads.add(param.id, values(&info.shape, u64::from(param.id)));
     }
     bench.time(op, &shape, "norm", Bytes(4.0 * parameters), || {
         black_box(gradient_norm(&model, &grads));
