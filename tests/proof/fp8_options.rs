@@ -225,23 +225,33 @@ fn options_keep_the_bytes_they_promise() {
 
 const RATES: Rates = Rates { lr: 2e-3, mtp_weight: 0.3, bias_speed: 1e-3 };
 
+/// The end of one run says little: rounding elsewhere moves it by percents either way. So ten pairs are compared, each from
+/// its own initial weights.
 #[test]
 fn sixty_steps_end_near_those_without_options() {
     let batch = [MicroBatch::from(Batch::from_rows(rows(11, 6, 40, 50)))];
-    let run = |exceptions| {
-        let model = model(&config(), FP8, exceptions);
+    let run = |seed, exceptions| {
+        let mut model = Model::init(&config(), FP8, seed).expect("a model");
+        model.set_fp8_exceptions(exceptions);
         let mut trainer = Trainer::new(model, TrainerConfig::default()).expect("a trainer");
         let losses: Vec<f64> =
             (0..60).map(|_| trainer.train_step(&batch, RATES).expect("a step").losses.main).collect();
         (losses[0], losses[50..].iter().sum::<f64>() / 10.0)
     };
-    let (plain, other) = (run(NONE), run(Fp8Exceptions::REPORT));
+    let ratios: Vec<f64> = (1..=10)
+        .map(|seed| {
+            let (plain, other) = (run(seed, NONE), run(seed, Fp8Exceptions::REPORT));
+            assert!(plain.1 < 0.8 * plain.0 && plain.1 != other.1, "it learns, and the options do something");
+            other.1 / plain.1
+        })
+        .collect();
+    let mean = ratios.iter().sum::<f64>() / 10.0;
+    let variance = ratios.iter().map(|ratio| (ratio - mean).powi(2)).sum::<f64>() / 9.0;
+    let error = (variance / 10.0).sqrt();
     println!(
-        "loss at the start {:.4} and {:.4}, mean of steps 51-60 {:.4} and {:.4}",
-        plain.0, other.0, plain.1, other.1
+        "mean loss of steps 51-60 with options over that without: {mean:.4}, standard error {error:.4}; {ratios:.3?}"
     );
-    assert!(plain.1 < 0.8 * plain.0, "it learns");
-    assert!(plain.1 != other.1 && (other.1 / plain.1 - 1.0).abs() < 0.01);
+    assert!((mean - 1.0).abs() < 0.04 && error < 0.03);
 }
 
 #[test]
