@@ -5,6 +5,7 @@
 //! weight's precision and its exceptions say (`activation.rs`). An expert without rows has y and dx without rows and adds nothing to dw.
 //! DeepSeek-V3 report §3.3 for FP8.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use crate::activation::{self, Columns, Rows, Saved};
@@ -96,7 +97,9 @@ fn record(
     outputs
 }
 
-fn check(shape: &[usize], offsets: &[usize], w: &Weight) {
+/// # Panics
+/// When an input of `shape` and these offsets do not fit the weight.
+pub(crate) fn check(shape: &[usize], offsets: &[usize], w: &Weight) {
     let (cols, experts) = (shape.last().copied().unwrap_or(1), w.count());
     let rows: usize = shape.iter().rev().skip(1).product();
     assert_eq!(cols, w.inputs(), "linear: input {shape:?}, weight {:?}", w.shape());
@@ -126,43 +129,65 @@ fn rows_times(
     c: &mut [f32],
     accumulate: bool,
 ) {
-    let isa = Isa::best();
-    match a {
-        Rows::Values(values) => {
-            let of = if transposed { Operand::forward } else { Operand::backward };
-            let b: Vec<_> = (0..w.count()).map(|e| of(w, e)).collect();
-            let products = products(values.as_f32(), offsets, &b, [n, k], c, accumulate).map(|(_, product)| product);
-            gemm::run(isa, &mut products.collect::<Vec<_>>());
-        }
-        Rows::Codes { words, scales, form } => {
-            let b: Vec<_> = (0..w.count()).map(|e| CodeOperand::new(w, e, transposed, *form)).collect();
-            let (words, tiles) = (words.as_f32(), k.div_ceil(TILE));
-            let products = products(words, offsets, &b, [n, form.words(k)], c, accumulate).map(|(row, product)| {
-                let row_scales = RowScales { data: &scales[row * tiles..], row_stride: tiles, block_stride: 1 };
-                CodeProduct { product, form: *form, row_scales }
-            });
-            gemm::run_codes(isa, &mut products.collect::<Vec<_>>());
-        }
-    }
+    let group = Group::new(a, offsets, w, transposed, [n, k]);
+    let (mut plain, mut codes) = (Vec::new(), Vec::new());
+    group.products(c, accumulate, &mut plain, &mut codes);
+    gemm::run_mixed(Isa::best(), &mut plain, &mut codes);
 }
 
-/// The products of [`rows_times`] that have any row, with their first one.
-fn products<'a, B: Right>(
-    a: &'a [f32],
-    offsets: &'a [usize],
-    b: &'a [B],
-    [n, k]: [usize; 2],
-    c: &'a mut [f32],
-    accumulate: bool,
-) -> impl Iterator<Item = (usize, Product<'a>)> {
-    let mut rest = c;
-    offsets.windows(2).zip(b).filter_map(move |(range, b)| {
-        let m = range[1] - range[0];
-        let (c, after) = std::mem::take(&mut rest).split_at_mut(m * n);
-        rest = after;
-        let a = Mat::rows(&a[range[0] * k..range[1] * k], k);
-        (m > 0).then_some((range[0], Product { m, n, k, a, b, c, c_stride: n, accumulate }))
-    })
+/// The products of a layer's experts that have any row.
+pub(crate) struct Group<'a> {
+    a: &'a Rows,
+    /// Rows and matrix of each.
+    parts: Vec<(Range<usize>, Box<dyn Right + 'a>)>,
+    n: usize,
+    k: usize,
+}
+
+impl<'a> Group<'a> {
+    /// For the rows `offsets` bound, with `w` `transposed` (k over its inputs) or not.
+    pub(crate) fn new(a: &'a Rows, offsets: &[usize], w: &'a Weight, transposed: bool, [n, k]: [usize; 2]) -> Self {
+        let some = offsets.windows(2).enumerate().filter(|(_, range)| range[1] > range[0]);
+        let parts = some.map(|(e, range)| {
+            let right: Box<dyn Right + 'a> = match a {
+                Rows::Values(_) if transposed => Box::new(Operand::forward(w, e)),
+                Rows::Values(_) => Box::new(Operand::backward(w, e)),
+                Rows::Codes { form, .. } => Box::new(CodeOperand::new(w, e, transposed, *form)),
+            };
+            (range[0]..range[1], right)
+        });
+        Self { a, parts: parts.collect(), n, k }
+    }
+
+    /// Adds the products to `plain` or `codes`; `c` is `[slots, n]`.
+    pub(crate) fn products<'b>(
+        &'b self,
+        c: &'b mut [f32],
+        accumulate: bool,
+        plain: &mut Vec<Product<'b>>,
+        codes: &mut Vec<CodeProduct<'b>>,
+    ) {
+        let n = self.n;
+        let mut rest = c;
+        for (range, b) in &self.parts {
+            let (c, after) = rest.split_at_mut(range.len() * n);
+            rest = after;
+            let product = |a: &'b [f32], k: usize, c| {
+                let a = Mat::rows(&a[range.start * k..range.end * k], k);
+                Product { m: range.len(), n, k, a, b: &**b, c, c_stride: n, accumulate }
+            };
+            match self.a {
+                Rows::Values(values) => plain.push(product(values.as_f32(), self.k, c)),
+                Rows::Codes { words, scales, form } => {
+                    let tiles = self.k.div_ceil(TILE);
+                    let data = &scales[range.start * tiles..];
+                    let row_scales = RowScales { data, row_stride: tiles, block_stride: 1 };
+                    let product = product(words.as_f32(), form.words(self.k), c);
+                    codes.push(CodeProduct { product, form: *form, row_scales });
+                }
+            }
+        }
+    }
 }
 
 struct Backward {

@@ -5,13 +5,10 @@
 //!
 //! Invariant: the bits are those of the layers one by one.
 
-use std::ops::Range;
-
 use crate::activation::{self, Rows};
-use crate::fp8::TILE;
-use crate::gemm::{self, CodeProduct, Mat, Product, Right, RowScales};
+use crate::gemm;
+use crate::grouped_linear::{Group, check};
 use crate::isa::Isa;
-use crate::weight::{CodeOperand, Operand};
 use crate::{Tensor, Weight, memory};
 
 /// One of the layers.
@@ -31,30 +28,11 @@ pub struct Layer<'a> {
 /// When the shapes do not fit.
 pub fn forward(layers: &[Layer<'_>]) -> Vec<Tensor> {
     let (inputs, of_layer) = inputs(layers);
-    let rows = || of_layer.iter().map(|at| &inputs[*at]);
-    let parts: Vec<_> = layers.iter().zip(rows()).map(|(layer, rows)| layer.parts(rows)).collect();
+    let groups: Vec<_> = layers.iter().zip(of_layer).map(|(layer, at)| layer.group(&inputs[at])).collect();
     let mut outputs: Vec<_> = layers.iter().map(|layer| memory::buffer(layer.x.rows() * layer.w.outputs())).collect();
     let (mut plain, mut codes) = (Vec::new(), Vec::new());
-    for (((layer, rows), parts), out) in layers.iter().zip(rows()).zip(&parts).zip(&mut outputs) {
-        let (n, k) = (layer.w.outputs(), layer.w.inputs());
-        let mut rest = &mut out[..];
-        for (range, b) in parts {
-            let (c, after) = rest.split_at_mut(range.len() * n);
-            rest = after;
-            let a = |words: usize| range.start * words..range.end * words;
-            let product = |a, k, c| Product { m: range.len(), n, k, a, b: &**b, c, c_stride: n, accumulate: false };
-            match rows {
-                Rows::Values(values) => plain.push(product(Mat::rows(&values.as_f32()[a(k)], k), k, c)),
-                Rows::Codes { words, scales, form } => {
-                    let tiles = k.div_ceil(TILE);
-                    let data = &scales[range.start * tiles..];
-                    let row_scales = RowScales { data, row_stride: tiles, block_stride: 1 };
-                    let k = form.words(k);
-                    let product = product(Mat::rows(&words.as_f32()[a(k)], k), k, c);
-                    codes.push(CodeProduct { product, form: *form, row_scales });
-                }
-            }
-        }
+    for (group, out) in groups.iter().zip(&mut outputs) {
+        group.products(out, false, &mut plain, &mut codes);
     }
     gemm::run_mixed(Isa::best(), &mut plain, &mut codes);
     let shaped = layers.iter().zip(outputs);
@@ -81,26 +59,11 @@ fn inputs(layers: &[Layer<'_>]) -> (Vec<Rows>, Vec<usize>) {
 }
 
 impl<'a> Layer<'a> {
-    /// Rows and matrix of every expert that has any.
-    fn parts(&self, rows: &Rows) -> Vec<(Range<usize>, Box<dyn Right + 'a>)> {
-        let count = self.x.rows();
-        let all = [0, count];
+    fn group(&self, rows: &'a Rows) -> Group<'a> {
+        let all = [0, self.x.rows()];
         let offsets = self.offsets.unwrap_or(&all);
-        let fits = self.x.cols() == self.w.inputs() && offsets.len() == self.w.count() + 1;
-        assert!(fits, "layers: input {:?}, {} offsets, weight {:?}", self.x.shape(), offsets.len(), self.w.shape());
-        assert!(
-            offsets[0] == 0 && offsets.last() == Some(&count) && offsets.is_sorted(),
-            "layers: offsets must run to {count}"
-        );
-        let some = offsets.windows(2).enumerate().filter(|(_, range)| range[1] > range[0]);
-        some.map(|(expert, range)| {
-            let right: Box<dyn Right + 'a> = match rows {
-                Rows::Values(_) => Box::new(Operand::forward(self.w, expert)),
-                Rows::Codes { form, .. } => Box::new(CodeOperand::new(self.w, expert, true, *form)),
-            };
-            (range[0]..range[1], right)
-        })
-        .collect()
+        check(self.x.shape(), offsets, self.w);
+        Group::new(rows, offsets, self.w, true, [self.w.outputs(), self.w.inputs()])
     }
 }
 

@@ -167,24 +167,29 @@ macro_rules! by_rows {
     };
 }
 
+/// Lanes of which two vectors are a panel.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+unsafe fn by_sixteen<L: Lanes>(call: Call, rows: usize, half: bool) {
+    if half {
+        by_rows!(L, 1, PANEL / 2, call, rows, 1, 2, 3, 4, 5, 6, 7, 8)
+    } else {
+        by_rows!(L, 2, PANEL, call, rows, 1, 2, 3, 4, 5, 6, 7, 8)
+    }
+}
+
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
 unsafe fn wide(call: Call, rows: usize, half: bool) {
-    if half {
-        by_rows!(x86::Zmm, 1, PANEL / 2, call, rows, 1, 2, 3, 4, 5, 6, 7, 8)
-    } else {
-        by_rows!(x86::Zmm, 2, PANEL, call, rows, 1, 2, 3, 4, 5, 6, 7, 8)
-    }
+    // SAFETY: the features of the lanes are this function's; operands are as the caller of `run` promised.
+    unsafe { by_sixteen::<x86::Zmm>(call, rows, half) }
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")]
 unsafe fn wide_pairs(call: Call, rows: usize, half: bool) {
-    if half {
-        by_rows!(x86::ZmmPairs, 1, PANEL / 2, call, rows, 1, 2, 3, 4, 5, 6, 7, 8)
-    } else {
-        by_rows!(x86::ZmmPairs, 2, PANEL, call, rows, 1, 2, 3, 4, 5, 6, 7, 8)
-    }
+    // SAFETY: the features of the lanes are this function's; operands are as the caller of `run` promised.
+    unsafe { by_sixteen::<x86::ZmmPairs>(call, rows, half) }
 }
 
 #[cfg(target_arch = "x86_64")]
