@@ -83,7 +83,7 @@ impl Store {
 
     /// Stores the content of a local file, in constant memory.
     pub async fn put_blob_file(&self, path: &Path) -> Result<(Digest, u64)> {
-        let Some(root) = self.local_root().map(Path::to_owned) else {
+        let Some(root) = self.local_files().cloned() else {
             let (digest, bytes) = hash_file(path).await?;
             if !self.keep_existing(digest, bytes).await? {
                 self.upload_file(path, digest).await?;
@@ -93,7 +93,7 @@ impl Store {
         let file = path.to_owned();
         let copy = move || {
             let mut copied = None;
-            let staged = local::stage(&root, |to| {
+            let staged = local::stage(&root, "tmp", |to| {
                 copied = Some(copy_hashed(&mut File::open(&file)?, to)?);
                 Ok(())
             })?;

@@ -12,8 +12,9 @@ use bytes::Bytes;
 use dsv3_core::Digest;
 use futures::{FutureExt, TryStreamExt, future::BoxFuture};
 use object_store::{
-    ObjectStore, ObjectStoreExt, PutMode, PutOptions, PutPayload, aws::AmazonS3Builder, azure::MicrosoftAzureBuilder,
-    gcp::GoogleCloudStorageBuilder, local::LocalFileSystem, memory::InMemory, path::Path as ObjectPath,
+    GetResult, ObjectStore, ObjectStoreExt, PutMode, PutOptions, PutPayload, aws::AmazonS3Builder,
+    azure::MicrosoftAzureBuilder, gcp::GoogleCloudStorageBuilder, local::LocalFileSystem, memory::InMemory,
+    path::Path as ObjectPath,
 };
 
 use crate::{
@@ -44,7 +45,7 @@ struct Inner {
     objects: Arc<dyn ObjectStore>,
     prefix: ObjectPath,
     /// Root folder of a `file://` store.
-    local: Option<PathBuf>,
+    local: Option<local::Root>,
     /// Blobs whose digest this process has seen to be right.
     verified: Mutex<BTreeSet<Digest>>,
 }
@@ -107,7 +108,7 @@ impl Store {
         })?;
         let objects = LocalFileSystem::new_with_prefix(&root)
             .map_err(|error| StoreError::object("open the store", &root.display().to_string(), error))?;
-        Ok(Self::with_parts(url, Arc::new(objects), ObjectPath::default(), Some(root)))
+        Ok(Self::with_parts(url, Arc::new(objects), ObjectPath::default(), Some(local::Root::new(root))))
     }
 
     /// A fresh store in memory.
@@ -124,7 +125,7 @@ impl Store {
         url: &str,
         objects: Arc<dyn ObjectStore>,
         prefix: ObjectPath,
-        local: Option<PathBuf>,
+        local: Option<local::Root>,
     ) -> Self {
         let inner = Inner { url: url.to_owned(), objects, prefix, local, verified: Mutex::default() };
         Self { inner: Arc::new(inner) }
@@ -137,13 +138,17 @@ impl Store {
 
     /// Root folder of a `file://` store.
     pub fn local_root(&self) -> Option<&std::path::Path> {
-        self.inner.local.as_deref()
+        self.inner.local.as_ref().map(local::Root::path)
+    }
+
+    pub(crate) fn local_files(&self) -> Option<&local::Root> {
+        self.inner.local.as_ref()
     }
 
     /// `path` as a person finds it: below the root folder or the URL.
     pub fn display_path(&self, path: &str) -> String {
         match &self.inner.local {
-            Some(root) => root.join(path).display().to_string(),
+            Some(root) => root.path().join(path).display().to_string(),
             None if self.inner.url.ends_with("://") => format!("{}{path}", self.inner.url),
             None => format!("{}/{path}", self.inner.url.trim_end_matches('/')),
         }
@@ -197,7 +202,7 @@ impl Store {
     /// [`StoreError::Missing`] when there is none.
     pub async fn read(&self, path: &str) -> Result<Bytes> {
         let location = self.object_path(path)?;
-        let get = || async { self.inner.objects.get(&location).await?.bytes().await }.boxed();
+        let get = || async { whole(self.inner.objects.get(&location).await?).await }.boxed();
         retry(get).await.0.map_err(|error| StoreError::object("read", &self.display_path(path), error))
     }
 
@@ -260,6 +265,16 @@ impl Store {
         self.inner.objects.as_ref()
     }
 
+    pub(crate) fn shared_objects(&self) -> Arc<dyn ObjectStore> {
+        self.inner.objects.clone()
+    }
+
+    /// Another handle on the same place: over `objects`, with the steps of local creates told to `steps`.
+    pub(crate) fn over(&self, objects: Arc<dyn ObjectStore>, steps: Option<Arc<dyn local::Steps>>) -> Self {
+        let Inner { url, prefix, local, .. } = &*self.inner;
+        Self::with_parts(url, objects, prefix.clone(), local.as_ref().map(|root| root.with_steps(steps)))
+    }
+
     pub(crate) fn location(&self, path: &str) -> Result<ObjectPath> {
         self.object_path(path)
     }
@@ -276,6 +291,18 @@ impl Store {
             set.remove(&digest);
         }
     }
+}
+
+/// All bytes that a read promised. Fewer, without an error, are a broken connection that nobody noticed.
+pub(crate) async fn whole(found: GetResult) -> object_store::Result<Bytes> {
+    let promised = found.range.end - found.range.start;
+    let bytes = found.bytes().await?;
+    if bytes.len() as u64 == promised {
+        return Ok(bytes);
+    }
+    let problem = format!("a read gave {} bytes of {promised}", bytes.len());
+    let source = io::Error::new(io::ErrorKind::UnexpectedEof, problem);
+    Err(object_store::Error::Generic { store: "read", source: Box::new(source) })
 }
 
 /// Tries `attempt` again while it fails in a way that passes by itself; also answers how often it was tried.
@@ -310,6 +337,7 @@ fn is_transient(error: &object_store::Error) -> bool {
                     | K::ConnectionReset
                     | K::ConnectionAborted
                     | K::BrokenPipe
+                    | K::UnexpectedEof
             );
         }
         cause = error.source();
