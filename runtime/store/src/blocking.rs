@@ -172,8 +172,10 @@ impl Checkpoints {
     /// Stores `files` and commits a checkpoint; durable when this returns its number.
     ///
     /// # Errors
-    /// [`StoreError::Taken`] when another process has taken over the stage.
+    /// [`StoreError::Fenced`] or [`StoreError::Taken`] when another process has taken over the stage.
     pub fn save(&self, step: u64, files: Vec<(String, Vec<u8>)>, state: Value) -> Result<u64> {
+        // A holder that was replaced stores nothing more; it need not find out after gigabytes.
+        self.runtime.block_on(self.store.check_lease(&self.key, self.epoch))?;
         let stored = self.runtime.block_on(
             futures::stream::iter(files)
                 .map(async |(path, bytes)| {

@@ -137,8 +137,10 @@ impl Store {
     /// Commits a checkpoint whose files are stored already.
     ///
     /// # Errors
-    /// [`StoreError::Taken`] when the number belongs to another writer.
+    /// [`StoreError::Fenced`] when another process has taken over the lease, [`StoreError::Taken`] when it did so in this
+    /// moment and the number is its own.
     pub async fn commit_checkpoint(&self, key: &str, epoch: u64, checkpoint: &Checkpoint) -> Result<()> {
+        self.check_lease(key, epoch).await?;
         let Checkpoint { seq, step, state, files } = checkpoint.clone();
         let kind = RecordKind::Checkpoint;
         let nonce = crate::nonce();

@@ -124,12 +124,35 @@ pub enum StoreError {
         /// The stage's key.
         key: String,
     },
+    /// Another process holds the stage and the caller does not wait.
+    #[error("{holder} holds this stage; its heartbeat changed {:.1} s ago", seconds(.silent_ms))]
+    Held {
+        /// Who holds it.
+        holder: String,
+        /// The run it works for.
+        run: String,
+        /// Milliseconds since its heartbeat was last seen to change, on this process's clock.
+        silent_ms: u64,
+    },
+    /// Another process has taken over the stage from this one.
+    #[error("{taker} has taken over this stage; this process commits nothing more")]
+    Fenced {
+        /// Who holds it now.
+        taker: String,
+        /// The run it works for.
+        run: String,
+    },
     /// A task of this process died.
     #[error("a task of the store ended early: {cause}")]
     Task {
         /// Its panic or cancellation.
         cause: String,
     },
+}
+
+/// Milliseconds as seconds; `thiserror` hands fields by reference.
+fn seconds(millis: &u64) -> f64 {
+    *millis as f64 / 1000.0
 }
 
 impl StoreError {
@@ -145,9 +168,10 @@ impl StoreError {
             Self::SourceMissing { .. }
             | Self::Unavailable { .. }
             | Self::Denied { .. }
-            | Self::Io { .. }
-            | Self::Taken { .. } => ErrorKind::Unavailable,
-            Self::Cancelled { .. } => ErrorKind::Cancelled,
+            | Self::Io { .. } => ErrorKind::Unavailable,
+            Self::Cancelled { .. } | Self::Taken { .. } | Self::Held { .. } | Self::Fenced { .. } => {
+                ErrorKind::Cancelled
+            }
             Self::BadPath { .. } | Self::Encode { .. } | Self::Task { .. } => ErrorKind::Internal,
         }
     }
@@ -167,7 +191,11 @@ impl StoreError {
             Self::Unavailable { .. } | Self::Io { .. } => {
                 "make room or give access, then run again; nothing that was committed is lost"
             }
-            Self::Taken { .. } => "nothing is lost: the other process goes on from the last checkpoint",
+            Self::Taken { .. } | Self::Fenced { .. } => {
+                "nothing is lost: the other process goes on from the last checkpoint; run the same command again to wait \
+                 for its result"
+            }
+            Self::Held { .. } => "run again when it has ended, or wait for it with --if-held wait",
             Self::Cancelled { .. } => "run the same command again",
             _ => return None,
         })

@@ -32,7 +32,7 @@ pub use blobs::Sources;
 pub use checkpoints::{Checkpoint, FoundCheckpoint};
 pub use error::{Result, StoreError};
 pub use host::{Holder, nonce};
-pub use lease::{Lease, LeaseOptions};
+pub use lease::{IfHeld, Lease, LeaseOptions};
 pub use object::{Create, Store};
 pub use result::{OutputEntry, StageResult};
 pub use runs::{EventLog, RunStatus, parse_events};

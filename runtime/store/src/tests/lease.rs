@@ -5,14 +5,14 @@ use std::{sync::Arc, time::Duration};
 use dsv3_core::{Cancel, VirtualClock};
 use tokio::task::JoinHandle;
 
-use crate::{Holder, Lease, LeaseOptions, Store, StoreError};
+use crate::{Checkpoint, Holder, IfHeld, Lease, LeaseOptions, Store, StoreError};
 
 fn elsewhere() -> Holder {
     Holder { host: "elsewhere".into(), ..Holder::this_process("r1") }
 }
 
 fn options(beat: Duration) -> LeaseOptions {
-    LeaseOptions { beat, expire: Duration::from_secs(10), poll: Duration::from_millis(1) }
+    LeaseOptions { beat, expire: Duration::from_secs(10), poll: Duration::from_millis(1), ..LeaseOptions::default() }
 }
 
 const NEVER: Duration = Duration::from_secs(3600);
@@ -96,6 +96,90 @@ async fn a_process_of_this_host_that_is_gone_is_replaced_at_once() {
     // The replaced holder sees it at its next beat.
     pass_real_time().await;
     assert!(first.lost().is_cancelled());
+}
+
+fn checkpoint(seq: u64) -> Checkpoint {
+    Checkpoint { seq, step: seq, state: serde_json::Value::Null, files: Vec::new() }
+}
+
+/// The holder finds its successor before a commit, also when its number is free and it has not beaten since.
+#[tokio::test]
+async fn a_replaced_holder_commits_nothing_more() {
+    let store = Store::with_memory();
+    let clock = VirtualClock::default();
+    let first = take(&store, elsewhere(), NEVER).await;
+    store.commit_checkpoint("key", first.epoch(), &checkpoint(1)).await.unwrap();
+    let contender = contend(&store, &clock, &Cancel::new());
+    pass_real_time().await;
+    clock.advance(Duration::from_secs(11));
+    let second = contender.await.unwrap().unwrap();
+    for seq in [2, 3, 9] {
+        let error = store.commit_checkpoint("key", first.epoch(), &checkpoint(seq)).await.unwrap_err();
+        assert!(matches!(&error, StoreError::Fenced { run, .. } if run == "r2"), "{error}");
+        assert_eq!(error.kind().exit_code(), 75);
+    }
+    assert!(first.check().await.is_err());
+    // Behind the fence the new one goes on.
+    store.commit_checkpoint("key", second.epoch(), &checkpoint(3)).await.unwrap();
+    assert_eq!(store.find_checkpoint("key").await.unwrap().last_seq, 3);
+}
+
+/// Dropped in the middle, a lease is free at once, and whatever its holder still sends meets a fence.
+#[tokio::test]
+async fn a_dropped_lease_is_fenced_off_without_waiting() {
+    let store = Store::with_memory();
+    let first = take(&store, elsewhere(), NEVER).await;
+    let lost = first.lost().clone();
+    drop(first);
+    assert!(lost.is_cancelled());
+    pass_real_time().await;
+    assert_eq!(take(&store, elsewhere(), NEVER).await.epoch(), 2);
+    assert_eq!(store.find_checkpoint("key").await.unwrap().last_seq, 1);
+}
+
+#[tokio::test]
+async fn a_second_runner_refuses_a_living_holder_and_replaces_a_silent_one() {
+    let store = Store::with_memory();
+    let refuse = |clock: &VirtualClock| {
+        let (store, clock) = (store.clone(), Arc::new(clock.clone()));
+        let options = LeaseOptions { if_held: IfHeld::Refuse, ..options(NEVER) };
+        let holder = Holder { host: "here".into(), ..Holder::this_process("r2") };
+        let told = |_: &Holder| panic!("it does not wait");
+        tokio::spawn(async move { store.acquire("key", holder, clock, options, &Cancel::new(), told).await })
+    };
+    let living = take(&store, elsewhere(), Duration::from_millis(20)).await;
+    let error = refuse(&VirtualClock::default()).await.unwrap().unwrap_err();
+    assert!(matches!(&error, StoreError::Held { run, .. } if run == "r1"), "{error}");
+    assert!(error.to_string().contains("elsewhere") && error.kind().exit_code() == 75, "{error}");
+    living.release().await.unwrap();
+    let silent = take(&store, elsewhere(), NEVER).await;
+    pass_real_time().await;
+    let clock = VirtualClock::default();
+    let contender = refuse(&clock);
+    pass_real_time().await;
+    assert!(!contender.is_finished());
+    clock.advance(Duration::from_secs(11));
+    assert_eq!(contender.await.unwrap().unwrap().epoch(), silent.epoch() + 1);
+}
+
+/// The holder's own patience counts when it is longer than the contender's: two settings never fight.
+#[tokio::test]
+async fn an_impatient_contender_waits_as_long_as_the_holder_asks() {
+    let store = Store::with_memory();
+    let _first = take(&store, elsewhere(), NEVER).await;
+    pass_real_time().await;
+    let clock = VirtualClock::default();
+    let (other, at) = (store.clone(), Arc::new(clock.clone()));
+    let impatient = LeaseOptions { expire: Duration::from_millis(100), ..options(NEVER) };
+    let holder = Holder { host: "here".into(), ..Holder::this_process("r2") };
+    let contender =
+        tokio::spawn(async move { other.acquire("key", holder, at, impatient, &Cancel::new(), |_| {}).await });
+    pass_real_time().await;
+    clock.advance(Duration::from_secs(9));
+    pass_real_time().await;
+    assert!(!contender.is_finished());
+    clock.advance(Duration::from_secs(2));
+    assert_eq!(contender.await.unwrap().unwrap().epoch(), 2);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
