@@ -135,7 +135,7 @@ impl Failure {
         json!({
             "event": "run_finished",
             "run": "",
-            "outcome": "failed",
+            "outcome": if self.error.kind() == ErrorKind::Cancelled { "cancelled" } else { "failed" },
             "kind": self.error.kind(),
             "messages": self.error.chain(),
             "help": self.error.help(),

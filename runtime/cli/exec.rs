@@ -5,6 +5,8 @@ use dsv3_engine::RunOptions;
 use crate::{
     common::{self, Failure},
     run,
+    runner::RunnerArgs,
+    signals::unless_stopped,
 };
 
 /// Arguments of `exec`.
@@ -26,16 +28,18 @@ pub(crate) struct Args {
     /// Keep a serving stage running until it is stopped
     #[arg(long)]
     stay: bool,
+    #[command(flatten)]
+    runner: RunnerArgs,
 }
 
 /// Runs the subcommand.
 pub(crate) async fn run(args: Args) -> Result<(), Failure> {
+    let options = RunOptions { threads: args.threads, stay: args.stay, ..run::watched(args.json, &args.runner)? };
     let engine = common::engine();
     let store = common::open_store(&engine, &args.store)?;
-    let id = engine.find_run(&store, &args.run).await?;
-    let plan = engine.stored_plan(&store, &id).await?;
+    let id = unless_stopped(&options.cancel, engine.find_run(&store, &args.run)).await?;
+    let plan = unless_stopped(&options.cancel, engine.stored_plan(&store, &id)).await?;
     plan.stage(&args.stage)?;
-    let options = RunOptions { threads: args.threads, stay: args.stay, ..run::watched(args.json)? };
     common::set_threads(args.threads.or(plan.threads));
     run::conclude(engine.exec(&store, &id, &args.stage, &options).await, args.json)
 }

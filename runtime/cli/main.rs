@@ -15,6 +15,7 @@ mod progress;
 mod report;
 mod resume;
 mod run;
+mod runner;
 mod runs;
 mod schema;
 mod serve;

@@ -107,7 +107,7 @@ impl Screen {
                 let word = match &outcome {
                     Outcome::Done => format!("done in {}", span(seconds)),
                     Outcome::Cached => "finished before".to_owned(),
-                    Outcome::Cancelled => "stopped at a checkpoint".to_owned(),
+                    Outcome::Cancelled => "stopped; run again to go on".to_owned(),
                     Outcome::Failed { .. } => "failed".to_owned(),
                 };
                 self.line(&format!("[{stage}] {word}"));

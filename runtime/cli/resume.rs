@@ -5,6 +5,8 @@ use dsv3_engine::RunOptions;
 use crate::{
     common::{self, Failure},
     run,
+    runner::RunnerArgs,
+    signals::unless_stopped,
 };
 
 /// Arguments of `resume`.
@@ -22,15 +24,17 @@ pub(crate) struct Args {
     /// Print the event stream, one JSON value a line
     #[arg(long)]
     pub(crate) json: bool,
+    #[command(flatten)]
+    runner: RunnerArgs,
 }
 
 /// Runs the subcommand.
 pub(crate) async fn run(args: Args) -> Result<(), Failure> {
+    let options = RunOptions { threads: args.threads, ..run::watched(args.json, &args.runner)? };
     let engine = common::engine();
     let store = common::open_store(&engine, &args.store)?;
-    let id = engine.find_run(&store, &args.run).await?;
-    let plan = engine.stored_plan(&store, &id).await?;
-    let options = RunOptions { threads: args.threads, ..run::watched(args.json)? };
+    let id = unless_stopped(&options.cancel, engine.find_run(&store, &args.run)).await?;
+    let plan = unless_stopped(&options.cancel, engine.stored_plan(&store, &id)).await?;
     common::set_threads(args.threads.or(plan.threads));
     run::conclude(engine.resume(&store, &id, &options).await, args.json)
 }

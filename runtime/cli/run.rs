@@ -1,12 +1,14 @@
 //! `dsv3-pipeline run PIPELINE`: plans and runs; the same command again goes on where it stopped or finds all done.
 
-use dsv3_core::Cancel;
+use dsv3_core::{Cancel, Error};
 use dsv3_engine::{EngineError, RunOptions, RunReport, Selection};
 use dsv3_store::StageResult;
 
 use crate::{
     common::{self, Failure, PipelineArgs},
-    plan, progress, signals, table,
+    plan, progress,
+    runner::RunnerArgs,
+    signals, table,
 };
 
 /// Arguments of `run`.
@@ -32,20 +34,22 @@ pub(crate) struct Args {
     /// Keep a serving stage running until it is stopped
     #[arg(long)]
     stay: bool,
+    #[command(flatten)]
+    runner: RunnerArgs,
 }
 
 /// Runs the subcommand.
 pub(crate) async fn run(args: Args) -> Result<(), Failure> {
-    let engine = common::engine();
     // From here on a signal is a request to stop, also while files are digested.
-    let watched = watched(args.json)?;
+    let watched = watched(args.json, &args.runner)?;
+    let engine = common::engine();
     let spec = args.pipeline.load(&engine, &[])?;
     let select = match (args.only, args.from, args.until) {
         (Some(only), _, _) => Selection::Only(only),
         (None, None, None) => Selection::All,
         (None, from, until) => Selection::Between { from, until },
     };
-    let plan = engine.plan(spec).await?;
+    let plan = signals::unless_stopped(&watched.cancel, engine.plan(spec)).await?;
     select.names(&plan)?;
     if args.dry_run {
         return plan::show(&engine.states(&plan).await?, args.json);
@@ -57,11 +61,15 @@ pub(crate) async fn run(args: Args) -> Result<(), Failure> {
 }
 
 /// Options with signals watched and events printed.
-pub(crate) fn watched(json: bool) -> Result<RunOptions, Failure> {
+pub(crate) fn watched(json: bool, runner: &RunnerArgs) -> Result<RunOptions, Failure> {
     let cancel = Cancel::new();
-    signals::watch(cancel.clone())?;
+    signals::watch(cancel.clone(), runner.stop_after)?;
+    let lease = runner.lease();
+    if let Some(problem) = lease.problem() {
+        return Err(Error::invalid(problem).help("mend --lease-beat and --lease-expire").into());
+    }
     let events = progress::events(json);
-    Ok(RunOptions { events, cancel, command: Some(command()), ..RunOptions::default() })
+    Ok(RunOptions { events, cancel, command: Some(command()), lease, ..RunOptions::default() })
 }
 
 /// The command line of this process as one would type it, without what only chooses how it talks.

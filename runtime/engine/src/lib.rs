@@ -36,7 +36,7 @@ pub use plan::{InputRef, Plan, PlannedHook, PlannedInput, PlannedStage};
 pub use report::{Attempt, Contrast, FigureRow, Matrix, Report, ReportedRun, ReportedStage, Spread, Standing, Variant};
 pub use run::{RunOptions, RunReport, Selection, StageReport};
 pub use runs::RunSummary;
-pub use spec::{Floor, HookLimits, LoadOptions};
+pub use spec::{Floor, HookLimits, LeaseSettings, LoadOptions};
 
 #[cfg(test)]
 mod tests;

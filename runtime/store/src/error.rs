@@ -165,10 +165,9 @@ impl StoreError {
             | Self::SourceChanged { .. }
             | Self::Kind { .. }
             | Self::NoSuchFile { .. } => ErrorKind::Data,
-            Self::SourceMissing { .. }
-            | Self::Unavailable { .. }
-            | Self::Denied { .. }
-            | Self::Io { .. } => ErrorKind::Unavailable,
+            Self::SourceMissing { .. } | Self::Unavailable { .. } | Self::Denied { .. } | Self::Io { .. } => {
+                ErrorKind::Unavailable
+            }
             Self::Cancelled { .. } | Self::Taken { .. } | Self::Held { .. } | Self::Fenced { .. } => {
                 ErrorKind::Cancelled
             }

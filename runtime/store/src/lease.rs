@@ -89,7 +89,7 @@ impl Place {
         Self { folder: format!("stages/{key}/leases"), key: Some(key.to_owned()) }
     }
 
-    /// A place without checkpoints.
+    /// A place without checkpoints, for work on the whole store.
     pub(crate) fn folder(folder: &str) -> Self {
         Self { folder: format!("{folder}/leases"), key: None }
     }
@@ -204,7 +204,9 @@ impl Store {
                 _ => Duration::ZERO,
             };
             let free = last.as_ref().is_none_or(|last| {
-                !last.is_open() || last.is_gone() || (silence > Duration::ZERO && silence >= last.expire.max(options.expire))
+                !last.is_open()
+                    || last.is_gone()
+                    || (silence > Duration::ZERO && silence >= last.expire.max(options.expire))
             });
             if free {
                 if let Some(lease) = self.take(&place, last.as_ref(), &holder, options).await? {
@@ -269,13 +271,7 @@ impl Store {
         Ok(names.iter().filter_map(|name| name.strip_suffix(".json")?.parse::<u64>().ok()).max())
     }
 
-    async fn create_lease(
-        &self,
-        place: &Place,
-        epoch: u64,
-        holder: &Holder,
-        options: LeaseOptions,
-    ) -> Result<Create> {
+    async fn create_lease(&self, place: &Place, epoch: u64, holder: &Holder, options: LeaseOptions) -> Result<Create> {
         let path = place.path(epoch, "json");
         let (key, nonce) = (place.key.clone().unwrap_or_default(), crate::nonce());
         let expire_ms = options.expire.as_millis() as u64;
@@ -310,7 +306,10 @@ impl Store {
                 let record = self.read(&path).await.and_then(|bytes| record::unseal::<Record>(&path, &bytes));
                 let holder = record.ok().map(|record| record.holder);
                 let run = holder.as_ref().map(|holder| holder.run.clone()).unwrap_or_default();
-                Err(StoreError::Fenced { taker: holder.map_or_else(|| "another process".to_owned(), |h| h.to_string()), run })
+                Err(StoreError::Fenced {
+                    taker: holder.map_or_else(|| "another process".to_owned(), |h| h.to_string()),
+                    run,
+                })
             }
             _ => Ok(()),
         }

@@ -67,22 +67,34 @@ impl Store {
         Ok(names.iter().filter_map(|name| name.strip_suffix('/')).map(str::to_owned).collect())
     }
 
-    /// Adds a status. Two processes of one run may both do so: each takes the next free number.
+    /// Adds a status.
     pub async fn write_status(&self, id: &str, status: &RunStatus) -> Result<()> {
-        let mut number = self.last_number(&format!("runs/{id}/status"), ".json").await? + 1;
+        self.update_status(id, |_| status.clone()).await
+    }
+
+    /// Adds the status that follows from the newest one. Of two processes of one run that do so at the same time the later
+    /// one starts again from what the other wrote, so nothing that either says is lost.
+    pub async fn update_status(&self, id: &str, next: impl Fn(Option<RunStatus>) -> RunStatus) -> Result<()> {
+        let folder = format!("runs/{id}/status");
         loop {
-            let path = numbered(&format!("runs/{id}/status"), number, ".json");
-            match self.create(&path, record::seal(&path, status)?).await? {
-                Create::Created => return Ok(()),
-                Create::AlreadyExists => number += 1,
+            let last = self.last_number(&folder, ".json").await?;
+            let status = next(self.status_up_to(id, last).await?);
+            let path = numbered(&folder, last + 1, ".json");
+            if self.create(&path, record::seal(&path, &status)?).await? == Create::Created {
+                return Ok(());
             }
         }
     }
 
     /// The newest status that can be read.
     pub async fn read_status(&self, id: &str) -> Result<Option<RunStatus>> {
+        let last = self.last_number(&format!("runs/{id}/status"), ".json").await?;
+        self.status_up_to(id, last).await
+    }
+
+    async fn status_up_to(&self, id: &str, last: u64) -> Result<Option<RunStatus>> {
         let folder = format!("runs/{id}/status");
-        for number in (1..=self.last_number(&folder, ".json").await?).rev() {
+        for number in (1..=last).rev() {
             let path = numbered(&folder, number, ".json");
             let Some(bytes) = self.read_if_exists(&path).await? else { continue };
             match record::unseal(&self.display_path(&path), &bytes) {

@@ -16,7 +16,7 @@ use serde_json::Value;
 use crate::{
     diagnostics::{Diagnostic, Diagnostics, Sources, Span, did_you_mean},
     spec::{
-        Floor, HookLimits, Reading, StageSpec, Word, Written,
+        Floor, HookLimits, LeaseSettings, Reading, StageSpec, Word, Written,
         files::{self, ExternalFile},
     },
 };
@@ -29,6 +29,7 @@ pub struct Spec {
     pub(crate) seed: u64,
     pub(crate) threads: Option<usize>,
     pub(crate) device: String,
+    pub(crate) lease: LeaseSettings,
     pub(crate) hooks: BTreeMap<String, CheckedHook>,
     /// Each after its inputs.
     pub(crate) stages: Vec<CheckedStage>,
@@ -157,9 +158,9 @@ pub(crate) fn check(
     problems.extend(reading.problems.iter().cloned());
     let (name, seed) = (written.name.clone(), written.seed);
     let store = absolute(&written.store, &reading.current_dir);
-    let (threads, device) = (written.threads, written.device.text.clone());
+    let (threads, device, lease) = (written.threads, written.device.text.clone(), written.lease);
     if problems.is_empty() {
-        return Ok(Spec { name, store, seed, threads, device, hooks, stages, sources: reading.sources });
+        return Ok(Spec { name, store, seed, threads, device, lease, hooks, stages, sources: reading.sources });
     }
     Err(Diagnostics::new(reading.sources, problems))
 }

@@ -53,6 +53,7 @@ pub(crate) async fn make(spec: Spec, store: &Store) -> Result<Plan, EngineError>
         seed: spec.seed,
         threads: spec.threads,
         device: spec.device,
+        lease: spec.lease,
         hooks,
         stages,
         sources: maker.sources,

@@ -19,7 +19,7 @@ use serde_json::Value;
 
 pub(crate) use make::make;
 
-use crate::spec::{Floor, HookLimits};
+use crate::spec::{Floor, HookLimits, LeaseSettings};
 
 /// Where an input comes from.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -115,6 +115,9 @@ pub struct Plan {
     pub threads: Option<usize>,
     /// `cpu`, `cuda` or `cuda:N`.
     pub device: String,
+    /// How runners of one stage keep apart.
+    #[serde(default, skip_serializing_if = "LeaseSettings::is_empty")]
+    pub lease: LeaseSettings,
     /// Hooks by name.
     pub hooks: BTreeMap<String, PlannedHook>,
     /// Stages in an order in which each comes after its inputs.

@@ -8,7 +8,10 @@ mod select;
 mod stage;
 mod status;
 
-use std::collections::BTreeMap;
+use std::{
+    collections::BTreeMap,
+    sync::atomic::{AtomicBool, Ordering},
+};
 
 use dsv3_core::{Cancel, Digest, Error, ErrorKind, Event, Events, Figure, Level, Outcome, run_id};
 use dsv3_store::{EventLog, RunStatus, StageResult, Store, nonce};
@@ -22,6 +25,7 @@ use crate::{
     error::{EngineError, chain},
     machine::Machine,
     plan::{Plan, PlannedStage},
+    spec::LeaseSettings,
 };
 
 /// What a caller decides about a run; nothing here changes results.
@@ -39,12 +43,14 @@ pub struct RunOptions {
     pub stay: bool,
     /// How a person would start this run again, for its status and `report`.
     pub command: Option<String>,
+    /// How runners keep apart, over what the plan says.
+    pub lease: LeaseSettings,
 }
 
 impl Default for RunOptions {
     fn default() -> Self {
-        let (events, cancel) = (Events::none(), Cancel::new());
-        Self { select: Selection::All, events, cancel, threads: None, stay: false, command: None }
+        let (events, cancel, lease) = (Events::none(), Cancel::new(), LeaseSettings::default());
+        Self { select: Selection::All, events, cancel, threads: None, stay: false, command: None, lease }
     }
 }
 
@@ -100,6 +106,8 @@ pub(crate) struct Run<'a> {
     pub(crate) events: Events,
     reports: Vec<StageReport>,
     results: BTreeMap<String, StageResult>,
+    /// Whether another process of this very run goes on with a stage that this one gave up: what it says of the run counts.
+    handed_over: AtomicBool,
 }
 
 impl Engine {
@@ -165,10 +173,14 @@ impl Engine {
         });
         let started = self.clock.monotonic();
         let (reports, results) = (Vec::new(), BTreeMap::new());
-        let mut run = Run { engine: self, plan, store, id, options, events, reports, results };
+        let handed_over = AtomicBool::new(false);
+        let mut run = Run { engine: self, plan, store, id, options, events, reports, results, handed_over };
         let ended = run.all(&names).await;
         let outcome = ended.as_ref().map_or_else(outcome_of, |()| Outcome::Done);
-        let status = run.write_status(state_name(&outcome)).await;
+        let status = match run.handed_over.load(Ordering::SeqCst) {
+            true => Ok(()),
+            false => run.write_status(state_name(&outcome), None).await,
+        };
         let figures = run.figures();
         let metrics = figures.iter().map(|(name, figure)| (name.clone(), figure_json(figure))).collect();
         let seconds = (self.clock.monotonic().saturating_sub(started)).as_secs_f64();
@@ -192,7 +204,7 @@ impl Run<'_> {
     async fn all(&mut self, names: &[String]) -> Result<(), Error> {
         let (run, pipeline) = (self.id.to_owned(), self.plan.name.clone());
         self.events.emit(Event::RunStarted { run, pipeline, stages: names.to_vec() });
-        self.write_status("running").await?;
+        self.write_status("running", None).await?;
         for stage in &self.plan.stages {
             let selected = names.contains(&stage.name);
             let needed = selected || self.needed_later(stage, names);
@@ -246,8 +258,9 @@ impl Run<'_> {
                         format!("the finished result cannot be used, so the stage runs again: {why}"),
                     );
                 }
-                let broken = matches!(found, Found::Broken(_));
-                match self.execute(stage, &entry, &record, &inputs, broken).await {
+                // Its key is known from now on, also to a reader of the store whose run never comes to the end of it.
+                self.write_status("running", Some((&stage.name, key))).await?;
+                match self.execute(stage, &entry, &record, &inputs).await {
                     Ok((outcome, result)) => (Ok(outcome), Some(result)),
                     Err(error) => (Err(error.context(format!("stage `{}`", stage.name))), None),
                 }
@@ -276,7 +289,7 @@ impl Run<'_> {
         self.reports.push(StageReport { stage: name, key: key.to_string(), outcome: said, result });
         let failed = outcome.err();
         if failed.is_none() {
-            self.write_status("running").await?;
+            self.write_status("running", None).await?;
         }
         failed.map_or(Ok(()), Err)
     }
@@ -285,14 +298,17 @@ impl Run<'_> {
         self.events.emit(Event::Log { stage: stage.to_owned(), level: Level::Warn, message });
     }
 
-    async fn write_status(&self, state: &str) -> Result<(), Error> {
-        let before = self.store.read_status(self.id).await?.map(|status| status.detail);
+    /// Writes what is known of the run; `begun` is a stage that starts now.
+    async fn write_status(&self, state: &str, begun: Option<(&str, Digest)>) -> Result<(), Error> {
         let machine = Machine::this(self.options.threads.or(self.plan.threads));
         let command = self.options.command.as_deref();
-        let detail = status::detail(before, &self.plan.name, command, &machine, &self.reports);
         let unix_millis = self.engine.clock.unix_millis();
-        let status = RunStatus { format: RunStatus::FORMAT, state: state.to_owned(), unix_millis, detail };
-        Ok(self.store.write_status(self.id, &status).await?)
+        let next = |before: Option<RunStatus>| {
+            let before = before.map(|status| status.detail);
+            let detail = status::detail(before, &self.plan.name, command, &machine, &self.reports, begun);
+            RunStatus { format: RunStatus::FORMAT, state: state.to_owned(), unix_millis, detail }
+        };
+        Ok(self.store.update_status(self.id, next).await?)
     }
 
     /// Closing figures of the stages that ended well, by `stage.metric`.

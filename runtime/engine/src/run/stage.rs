@@ -1,11 +1,19 @@
 //! One stage that has to run: lease, hooks, context, thread, result.
 
-use std::{collections::BTreeMap, path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeMap,
+    path::PathBuf,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
-use dsv3_core::{ArtifactRef, Cancel, Digest, Error, ErrorKind, Event, Outcome, canonical_json, json_digest};
+use dsv3_core::{ArtifactRef, Cancel, Digest, Error, ErrorKind, Event, Events, Outcome, canonical_json, json_digest};
 use dsv3_hooks::{Hook, World};
 use dsv3_stage::{Closing, Ctx, CtxParts, StageEntry};
-use dsv3_store::{Holder, Lease, OutputEntry, StageResult, nonce};
+use dsv3_store::{Holder, Lease, OutputEntry, StageResult, StoreError, nonce};
 use serde_json::{Map, Value, json};
 
 use super::Run;
@@ -17,6 +25,8 @@ use crate::{
 
 /// How often a request to stop and the lease are looked at.
 const LOOK: Duration = Duration::from_millis(20);
+/// A stage that has not stopped this long after it was asked to is told of, and again after as long.
+const GRACE: Duration = Duration::from_secs(30);
 
 /// A folder that is removed with this value.
 struct Scratch(PathBuf);
@@ -28,58 +38,101 @@ impl Drop for Scratch {
     }
 }
 
+/// Asks a stage to stop when whoever waits for it goes away.
+struct StopOnDrop(Cancel);
+
+impl Drop for StopOnDrop {
+    fn drop(&mut self) {
+        self.0.cancel();
+    }
+}
+
+/// What a stage that has run to its end hands over.
+struct Finished {
+    outputs: Value,
+    closing: Closing,
+    last_seq: u64,
+}
+
 impl Run<'_> {
-    /// Runs a stage under its lease. `broken` says that a result is there which cannot be used.
+    /// Runs a stage under its lease, unless whoever held it before has finished it.
     pub(super) async fn execute(
         &self,
         stage: &PlannedStage,
         entry: &StageEntry,
         record: &KeyRecord,
         inputs: &Inputs,
-        broken: bool,
     ) -> Result<(Outcome, StageResult), Error> {
-        let key = record.key().to_string();
-        // What the key was made of, for `explain`. Equal keys have equal records, so whoever was first is right.
-        self.store.create(&format!("stages/{key}/key.json"), record.to_bytes().into()).await?;
-        let profile = json!({ "device": self.plan.device, "config": entry.profile_config(&stage.config)? });
-        let mark = format!("{}/{}.json", profiles(&key), json_digest(&profile));
-        self.store.create(&mark, canonical_json(&profile).into_bytes().into()).await?;
-        let lease = self.lease(stage, &key).await?;
-        // Whoever held the lease may have finished the stage.
-        if !broken && let Found::Whole(result) = cached::find(self.store, self.plan, record.key()).await? {
-            lease.release().await?;
-            return Ok((Outcome::Cached, result));
-        }
-        let outcome = self.under_lease(stage, entry, &key, inputs, &lease, broken).await;
-        let lost = lease.lost().is_cancelled();
+        let lease = self.lease(stage, &record.key().to_string()).await?;
+        let outcome = match self.under_lease(stage, entry, record, inputs, &lease).await {
+            Ok(outcome) => Ok(outcome),
+            Err(error) => Err(self.explain_loss(stage, &lease, error).await),
+        };
         let released = lease.release().await;
-        match outcome {
-            Err(_) if lost => Err(Error::unavailable("another process has taken over this stage")
-                .help("nothing is lost: the other process goes on from the last checkpoint")),
-            Err(error) => Err(error),
-            Ok(result) => {
-                released?;
-                Ok((Outcome::Done, result))
-            }
-        }
+        let outcome = outcome?;
+        released?;
+        Ok(outcome)
     }
 
     async fn lease(&self, stage: &PlannedStage, key: &str) -> Result<Lease, Error> {
-        let wait = |holder: &Holder| self.warn(&stage.name, format!("waiting for {holder} to finish this stage"));
+        let of_this_run = AtomicBool::new(false);
+        let wait = |holder: &Holder| {
+            of_this_run.store(holder.run == self.id, Ordering::SeqCst);
+            self.warn(&stage.name, format!("waiting for {holder} to finish this stage"));
+        };
         let holder = Holder::this_process(self.id);
-        let (clock, options) = (self.engine.clock.clone(), self.engine.lease);
-        Ok(self.store.acquire(key, holder, clock, options, &self.options.cancel, wait).await?)
+        let options = self.options.lease.over(self.plan.lease.over(self.engine.lease));
+        let clock = self.engine.clock.clone();
+        let lease = self.store.acquire(key, holder, clock, options, &self.options.cancel, wait).await;
+        let theirs = match &lease {
+            Err(StoreError::Held { run, .. }) => run == self.id,
+            Err(StoreError::Cancelled { .. }) => of_this_run.load(Ordering::SeqCst),
+            _ => false,
+        };
+        self.handed_over.fetch_or(theirs, Ordering::SeqCst);
+        Ok(lease?)
+    }
+
+    /// The error of a stage that ended because its lease was lost says so: what it met itself is only how it noticed.
+    async fn explain_loss(&self, stage: &PlannedStage, lease: &Lease, error: Error) -> Error {
+        let Err(loss @ StoreError::Fenced { .. }) = lease.check().await else { return error };
+        if let StoreError::Fenced { run, .. } = &loss {
+            self.handed_over.fetch_or(run == self.id, Ordering::SeqCst);
+        }
+        self.warn(&stage.name, loss.to_string());
+        loss.into()
     }
 
     async fn under_lease(
         &self,
         stage: &PlannedStage,
         entry: &StageEntry,
+        record: &KeyRecord,
+        inputs: &Inputs,
+        lease: &Lease,
+    ) -> Result<(Outcome, StageResult), Error> {
+        let key = record.key().to_string();
+        if let Found::Whole(result) = cached::find(self.store, self.plan, record.key()).await? {
+            return Ok((Outcome::Cached, result));
+        }
+        // What the key was made of, for `explain`. Equal keys have equal records, so whoever was first is right.
+        self.store.create(&format!("stages/{key}/key.json"), record.to_bytes().into()).await?;
+        let profile = json!({ "device": self.plan.device, "config": entry.profile_config(&stage.config)? });
+        let mark = format!("{}/{}.json", profiles(&key), json_digest(&profile));
+        self.store.create(&mark, canonical_json(&profile).into_bytes().into()).await?;
+        let finished = self.work(stage, entry, &key, inputs, lease).await?;
+        Ok((Outcome::Done, self.commit(stage, entry, record.key(), finished, lease).await?))
+    }
+
+    /// The stage on its thread, until it ends or has been asked to stop and does.
+    async fn work(
+        &self,
+        stage: &PlannedStage,
+        entry: &StageEntry,
         key: &str,
         inputs: &Inputs,
         lease: &Lease,
-        broken: bool,
-    ) -> Result<StageResult, Error> {
+    ) -> Result<Finished, Error> {
         let checkpoint = self.store.find_checkpoint(key).await?.checkpoint;
         self.events.emit(Event::StageStarted {
             stage: stage.name.clone(),
@@ -88,22 +141,56 @@ impl Run<'_> {
             resumed_from: checkpoint.map(|checkpoint| checkpoint.step),
         });
         let (cancel, scratch) = (Cancel::new(), Scratch(std::env::temp_dir().join(format!("dsv3-{}", nonce()))));
-        let ctx = self.context(stage, key, lease, cancel.clone(), scratch.0.clone()).await?;
+        let (events, said) = self.listening();
+        let ctx = self.context(stage, key, lease, (cancel.clone(), events), scratch.0.clone()).await?;
+        let stop = StopOnDrop(cancel);
         let running = entry.run_on_thread(stage.config.clone(), inputs_json(entry, inputs), ctx);
         tokio::pin!(running);
+        let now = || self.engine.clock.monotonic();
+        // When it was asked to stop, and when its silence is told of next.
+        let mut asked: Option<(Duration, Duration)> = None;
         let (outputs, ctx) = loop {
             tokio::select! {
                 ended = &mut running => break ended?,
-                () = tokio::time::sleep(LOOK), if !cancel.is_cancelled() => {
-                    if self.options.cancel.is_cancelled() || lease.lost().is_cancelled() {
-                        cancel.cancel();
-                    }
+                () = tokio::time::sleep(LOOK) => {}
+            }
+            match &mut asked {
+                None if self.options.cancel.is_cancelled() || lease.lost().is_cancelled() => {
+                    stop.0.cancel();
+                    asked = Some((now(), now() + GRACE));
                 }
+                Some((since, next)) if now() >= *next => {
+                    *next += GRACE;
+                    let seconds = now().saturating_sub(*since).as_secs();
+                    let said = said.lock().unwrap_or_else(PoisonError::into_inner).clone();
+                    let said = if said.is_empty() { "has not said how far it is".to_owned() } else { said };
+                    self.warn(
+                        &stage.name,
+                        format!(
+                            "asked to stop {seconds} s ago, this {} {said}; it stops at its next safe point",
+                            stage.kind
+                        ),
+                    );
+                }
+                _ => {}
             }
         };
         let outputs = outputs.map_err(while_running)?;
-        let (closing, last_seq) = (ctx.closing(), ctx.checkpoints().last_seq());
-        self.commit(stage, entry, key, &outputs, closing, last_seq, broken).await
+        Ok(Finished { outputs, closing: ctx.closing(), last_seq: ctx.checkpoints().last_seq() })
+    }
+
+    /// The run's events, and beside them what the last progress said.
+    fn listening(&self) -> (Events, Arc<Mutex<String>>) {
+        let (events, said) = (self.events.clone(), Arc::new(Mutex::new(String::new())));
+        let heard = said.clone();
+        let events = Events::new(move |event| {
+            if let Event::Progress { done, total, unit, .. } = &event {
+                let total = total.map_or_else(String::new, |total| format!(" of {total}"));
+                *heard.lock().unwrap_or_else(PoisonError::into_inner) = format!("is at {done}{total} {unit}");
+            }
+            events.emit(event);
+        });
+        (events, said)
     }
 
     async fn context(
@@ -111,7 +198,7 @@ impl Run<'_> {
         stage: &PlannedStage,
         key: &str,
         lease: &Lease,
-        cancel: Cancel,
+        (cancel, events): (Cancel, Events),
         scratch: PathBuf,
     ) -> Result<Ctx, Error> {
         let device = parse_device(&self.plan.device)
@@ -129,7 +216,7 @@ impl Run<'_> {
             runtime: tokio::runtime::Handle::current(),
             sources: Arc::new(self.plan.sources.clone()),
             origins: self.origins(stage),
-            events: self.events.clone(),
+            events,
             cancel,
             hooks: self.hooks(stage).await?,
             clock: self.engine.clock.clone(),
@@ -200,16 +287,18 @@ impl Run<'_> {
         Ok(hooks)
     }
 
+    /// Commits what a stage hands over. The result is no link of the chain of checkpoints that a fence breaks: a holder is
+    /// refused when it finds a successor, and one that is paused between this look and the create can still create. That is
+    /// harmless: equal keys have equal outputs, so what it creates is what its successor would, and the first create counts.
     async fn commit(
         &self,
         stage: &PlannedStage,
         entry: &StageEntry,
-        key: &str,
-        outputs: &Value,
-        closing: Closing,
-        last_seq: u64,
-        broken: bool,
+        key: Digest,
+        finished: Finished,
+        lease: &Lease,
     ) -> Result<StageResult, Error> {
+        let Finished { outputs, closing, last_seq } = finished;
         let mut entries = Vec::new();
         for spec in entry.outputs() {
             let artifacts: Vec<(String, &Value)> = match outputs.get(spec.name) {
@@ -236,19 +325,20 @@ impl Run<'_> {
         }
         let result = StageResult {
             format: StageResult::FORMAT,
-            key: key.to_owned(),
+            key: key.to_string(),
             stage_type: stage.kind.clone(),
             outputs: entries,
             metrics: closing.figures,
             last_seq,
-            lineage: Value::Object(self.lineage(stage, key, closing.lineage).await?),
+            lineage: Value::Object(self.lineage(stage, &key.to_string(), closing.lineage).await?),
             profile: json!({ "device": self.plan.device, "config": entry.profile_config(&stage.config)? }),
         };
-        if broken {
-            // The old record promises content that is gone; the new one replaces it.
+        lease.check().await?;
+        // An old record may promise content that is gone; the new one replaces it.
+        if let Found::Broken(_) = cached::find(self.store, self.plan, key).await? {
             self.store.delete(&format!("stages/{key}/result.json")).await?;
         }
-        let committed = self.store.commit_result(key, &result).await?;
+        let committed = self.store.commit_result(&key.to_string(), &result).await?;
         if committed.outputs != result.outputs {
             let message = "another process finished this stage with other outputs; theirs count".to_owned();
             self.warn(&stage.name, message);

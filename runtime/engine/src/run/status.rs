@@ -7,6 +7,7 @@
 //! A run may be walked several times, by `resume` and by `exec` on other machines: each status keeps what the one before
 //! it said of other stages, of earlier machines and of the command the run began with.
 
+use dsv3_core::Digest;
 use serde_json::{Map, Value, json};
 
 use super::{StageReport, state_name};
@@ -19,12 +20,16 @@ pub(super) fn detail(
     command: Option<&str>,
     machine: &Machine,
     reports: &[StageReport],
+    begun: Option<(&str, Digest)>,
 ) -> Value {
     let before = before.unwrap_or_default();
     let mut stages: Map<String, Value> = before["stages"].as_object().cloned().unwrap_or_default();
     for report in reports {
         let state = json!({ "key": report.key, "outcome": state_name(&report.outcome) });
         stages.insert(report.stage.clone(), state);
+    }
+    if let Some((stage, key)) = begun {
+        stages.insert(stage.to_owned(), json!({ "key": key, "outcome": "running" }));
     }
     let mut machines: Vec<Value> = before["machines"].as_array().cloned().unwrap_or_default();
     let machine = serde_json::to_value(machine).unwrap_or_default();
@@ -48,9 +53,11 @@ mod tests {
     #[test]
     fn a_later_walk_keeps_what_an_earlier_one_said() {
         let (one, two) = (Machine::this(Some(1)), Machine::this(Some(2)));
-        let first = detail(None, "p", Some("run p.yaml"), &one, &[report("a", Outcome::Done)]);
-        assert_eq!(first, detail(Some(first.clone()), "p", None, &one, &[]));
-        let second = detail(Some(first), "p", Some("exec x b"), &two, &[report("b", Outcome::Cancelled)]);
+        let first = detail(None, "p", Some("run p.yaml"), &one, &[report("a", Outcome::Done)], None);
+        assert_eq!(first, detail(Some(first.clone()), "p", None, &one, &[], None));
+        let begun = detail(Some(first), "p", Some("exec x b"), &two, &[], Some(("b", Digest::of(b"b"))));
+        assert_eq!(begun["stages"]["b"], json!({ "key": Digest::of(b"b"), "outcome": "running" }));
+        let second = detail(Some(begun), "p", Some("exec x b"), &two, &[report("b", Outcome::Cancelled)], None);
         assert_eq!(second["stages"]["a"]["outcome"], "done");
         assert_eq!(second["stages"]["b"]["outcome"], "cancelled");
         assert_eq!(second["command"], "run p.yaml");

@@ -7,7 +7,7 @@
 use dsv3_stage::{PortSpec, StageEntry};
 use serde_json::{Map, Value, json};
 
-use crate::spec::HookLimits;
+use crate::spec::{HookLimits, LeaseSettings};
 
 /// Reference to the schema of a placeholder.
 const PLACEHOLDER: &str = "#/$defs/placeholder";
@@ -40,6 +40,8 @@ pub(crate) fn pipeline(entries: &[StageEntry]) -> Value {
         }),
     );
     defs.insert("hook".to_owned(), hook(&mut Map::new()));
+    let lease = hoist(schemars::schema_for!(LeaseSettings).to_value(), "lease", &mut defs);
+    defs.insert("lease".to_owned(), lease);
     json!({
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "dsv3-pipeline",
@@ -54,6 +56,7 @@ pub(crate) fn pipeline(entries: &[StageEntry]) -> Value {
             "seed": typed(json!({ "type": "integer", "minimum": 0 }), "Seed of everything random."),
             "threads": typed(json!({ "type": "integer", "minimum": 1 }), "Compute threads; never changes results."),
             "device": { "type": "string", "description": "Where tensors live.", "default": "cpu" },
+            "lease": { "$ref": "#/$defs/lease" },
             "hooks": { "type": "object", "description": "WASM components by name.", "additionalProperties": { "$ref": "#/$defs/hook" } },
             "stages": { "type": "object", "description": "Stages by name.", "additionalProperties": { "$ref": "#/$defs/stage" } },
         },

@@ -7,9 +7,12 @@ mod fields;
 pub(crate) mod files;
 mod params;
 mod read;
+mod runner;
 mod set;
 
 use std::{collections::BTreeMap, path::PathBuf};
+
+pub use runner::LeaseSettings;
 
 use crate::{
     diagnostics::{Diagnostic, Source, Sources, Span},
@@ -124,6 +127,7 @@ pub(crate) struct Written {
     pub(crate) seed: u64,
     pub(crate) threads: Option<usize>,
     pub(crate) device: Word,
+    pub(crate) lease: LeaseSettings,
     pub(crate) hooks: Vec<HookSpec>,
     pub(crate) stages: Vec<StageSpec>,
 }

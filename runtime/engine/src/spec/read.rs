@@ -1,7 +1,7 @@
 //! The tree to [`Written`]: fields, names and shapes, without looking anything up.
 
 use super::{
-    HookLimits, HookSpec, InputSpec, LoadOptions, StageSpec, Word, Written,
+    HookLimits, HookSpec, InputSpec, LeaseSettings, LoadOptions, StageSpec, Word, Written,
     fields::{Fields, first, lacks},
 };
 use crate::{
@@ -10,7 +10,8 @@ use crate::{
     yaml::{Entry, Node, Value},
 };
 
-const ROOT_KEYS: [&str; 9] = ["version", "name", "params", "store", "seed", "threads", "device", "hooks", "stages"];
+const ROOT_KEYS: [&str; 10] =
+    ["version", "name", "params", "store", "seed", "threads", "device", "lease", "hooks", "stages"];
 const STAGE_KEYS: [&str; 6] = ["type", "inputs", "hooks", "config", "floors", "notes"];
 const HOOK_KEYS: [&str; 5] = ["wasm", "world", "config", "limits", "on_error"];
 
@@ -38,6 +39,10 @@ pub(super) fn written(
     let threads =
         first(entries, "threads").and_then(|entry| fields.integer(&entry.value, entry.key_span, "`threads`", 1, 4096));
     let device = first(entries, "device").and_then(|entry| fields.text(&entry.value, entry.key_span, "`device`"));
+    let lease: LeaseSettings = typed(&mut fields, entries, "lease", "the pipeline").unwrap_or_default();
+    if let (Some(problem), Some(entry)) = (lease.problem(), first(entries, "lease")) {
+        fields.problem(entry.key_span, problem);
+    }
     let hooks =
         named(&mut fields, entries, "hooks", "hook").iter().filter_map(|entry| hook(&mut fields, entry)).collect();
     let stages: Vec<StageSpec> =
@@ -50,6 +55,7 @@ pub(super) fn written(
         store: options.store.clone().or(store.map(|store| store.text)).unwrap_or_else(|| "file://./runs".to_owned()),
         seed: seed.unwrap_or(0) as u64,
         threads: options.threads.or(threads.map(|threads| threads as usize)),
+        lease,
         device: device.unwrap_or_else(|| Word { text: "cpu".to_owned(), span: top, origin: top.source }),
         hooks,
         stages,
