@@ -3,82 +3,82 @@
 use std::{
     collections::BTreeMap,
     fs::File,
-    io::{self, Read, Write},
+    io::{self, Write},
     path::{Path, PathBuf},
 };
-
-use bytes::Bytes;
-use dsv3_core::{Digest, FileEntry};
-use futures::StreamExt;
-use object_store::{ObjectStoreExt, WriteMultipart};
 
 use crate::{
     Store,
     error::{Result, StoreError},
+    hashing::{self, copy_hashed},
     local,
+    transfer::Content,
 };
+use bytes::Bytes;
+use dsv3_core::{Digest, FileEntry};
 
 /// External input files: where the content of a digest lies outside the store, as an absolute path or a URI.
 pub type Sources = BTreeMap<Digest, String>;
 
-/// Buffer of streamed hashing and copying.
-const CHUNK_BYTES: usize = 1 << 20;
-/// From this length on a blob goes to a cloud store in parts.
-const MULTIPART_BYTES: u64 = 64 << 20;
+/// A blob that is there already and is not longer than this is read and compared before it is kept; what a longer one
+/// holds is seen when it is loaded.
+const COMPARED_BYTES_MAX: u64 = 1 << 20;
 
 pub(crate) fn blob_path(digest: Digest) -> String {
     format!("blobs/{digest}")
 }
 
-/// Copies `from` into `to` and answers digest and length of what passed.
-fn copy_hashed(from: &mut impl Read, to: &mut impl Write) -> io::Result<(Digest, u64)> {
-    let mut hasher = blake3::Hasher::new();
-    let mut chunk = vec![0; CHUNK_BYTES];
-    let mut bytes = 0;
-    loop {
-        let n = match from.read(&mut chunk) {
-            Ok(0) => return Ok((Digest::from_bytes(*hasher.finalize().as_bytes()), bytes)),
-            Ok(n) => n,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-            Err(error) => return Err(error),
-        };
-        hasher.update(&chunk[..n]);
-        to.write_all(&chunk[..n])?;
-        bytes += n as u64;
-    }
-}
-
 /// Digest and length of a local file.
 pub(crate) async fn hash_file(path: &Path) -> Result<(Digest, u64)> {
     let file = path.to_owned();
-    let hash = move || copy_hashed(&mut File::open(file)?, &mut io::sink());
-    tokio::task::spawn_blocking(hash).await?.map_err(StoreError::io("read", path))
+    tokio::task::spawn_blocking(move || hashing::hash_file(&file)).await?.map_err(StoreError::io("read", path))
 }
 
 impl Store {
     /// Stores `bytes`; durable when this returns. A blob that is already there is kept when it is intact and replaced
-    /// when it is not.
+    /// when it is not: on a local disk all of it is compared, elsewhere its length, its bytes up to 1 MiB, and what this
+    /// process saw when it loaded it.
     pub async fn put_blob(&self, bytes: Bytes) -> Result<Digest> {
+        if let Some(root) = self.local_files().filter(|_| bytes.len() >= hashing::THREAD_BYTES) {
+            return self.put_blob_local(root.clone(), bytes).await;
+        }
         let hashed = bytes.clone();
         let digest = tokio::task::spawn_blocking(move || Digest::of(&hashed)).await?;
         if self.keep_existing(digest, bytes.len() as u64).await? {
             return Ok(digest);
         }
-        if self.local_root().is_none() && bytes.len() as u64 >= MULTIPART_BYTES {
-            let location = self.location(&blob_path(digest))?;
-            let error = |error| StoreError::object("create", &self.display_path(&blob_path(digest)), error);
-            let upload = self.objects().put_multipart(&location).await.map_err(error)?;
-            let mut upload = WriteMultipart::new(upload);
-            for start in (0..bytes.len()).step_by(CHUNK_BYTES) {
-                upload.wait_for_capacity(8).await.map_err(error)?;
-                upload.put(bytes.slice(start..bytes.len().min(start + CHUNK_BYTES)));
-            }
-            upload.finish().await.map_err(error)?;
+        let path = blob_path(digest);
+        if self.local_root().is_none() && bytes.len() as u64 > self.options().part_bytes() {
+            self.upload(&path, &Content::Bytes(bytes), digest).await?;
         } else {
             // Another writer of the same digest wrote the same bytes.
-            self.create(&blob_path(digest), bytes).await?;
+            self.create(&path, bytes).await?;
         }
         Ok(digest)
+    }
+
+    /// Writes and hashes at the same time, then gives the file its name.
+    async fn put_blob_local(&self, root: local::Root, bytes: Bytes) -> Result<Digest> {
+        let error = StoreError::io("create", self.display_path("blobs"));
+        let work = move || {
+            let (digest, staged) =
+                hashing::hash_beside(&bytes, || local::stage(&root, "blobs", |file| file.write_all(&bytes)))?;
+            Ok((digest, staged, root, bytes.len() as u64))
+        };
+        let (digest, staged, root, bytes) = tokio::task::spawn_blocking(work).await?.map_err(error)?;
+        self.name_staged(root, staged, digest, bytes).await?;
+        Ok(digest)
+    }
+
+    /// Gives a staged file its name as a blob, unless an intact one is there.
+    async fn name_staged(&self, root: local::Root, staged: local::Staged, digest: Digest, bytes: u64) -> Result<()> {
+        if self.keep_existing(digest, bytes).await? {
+            return Ok(());
+        }
+        let target = blob_path(digest);
+        let error = StoreError::io("create", self.display_path(&target));
+        tokio::task::spawn_blocking(move || local::link(&root, &staged, &target)).await?.map_err(error)?;
+        Ok(())
     }
 
     /// Stores the content of a local file, in constant memory.
@@ -86,7 +86,7 @@ impl Store {
         let Some(root) = self.local_files().cloned() else {
             let (digest, bytes) = hash_file(path).await?;
             if !self.keep_existing(digest, bytes).await? {
-                self.upload_file(path, digest).await?;
+                self.upload(&blob_path(digest), &Content::File(path.to_owned(), bytes), digest).await?;
             }
             return Ok((digest, bytes));
         };
@@ -101,29 +101,8 @@ impl Store {
         };
         let error = StoreError::io("store", path);
         let (root, staged, (digest, bytes)) = tokio::task::spawn_blocking(copy).await?.map_err(error)?;
-        if !self.keep_existing(digest, bytes).await? {
-            let target = blob_path(digest);
-            let error = StoreError::io("create", self.display_path(&target));
-            tokio::task::spawn_blocking(move || local::link(&root, &staged, &target)).await?.map_err(error)?;
-        }
+        self.name_staged(root, staged, digest, bytes).await?;
         Ok((digest, bytes))
-    }
-
-    async fn upload_file(&self, path: &Path, digest: Digest) -> Result<()> {
-        let location = self.location(&blob_path(digest))?;
-        let error = |error| StoreError::object("create", &self.display_path(&blob_path(digest)), error);
-        let mut upload = WriteMultipart::new(self.objects().put_multipart(&location).await.map_err(error)?);
-        let mut file = tokio::fs::File::open(path).await.map_err(StoreError::io("read", path))?;
-        let mut chunk = vec![0; CHUNK_BYTES];
-        loop {
-            let n = tokio::io::AsyncReadExt::read(&mut file, &mut chunk).await.map_err(StoreError::io("read", path))?;
-            if n == 0 {
-                break;
-            }
-            upload.wait_for_capacity(8).await.map_err(error)?;
-            upload.write(&chunk[..n]);
-        }
-        upload.finish().await.map(drop).map_err(error)
     }
 
     /// Whether a good blob is there already. One that is not good is removed, so that the caller can write it.
@@ -135,12 +114,14 @@ impl Store {
         let intact = match self.local_blob(digest) {
             _ if found != bytes => false,
             Some(file) => hash_file(&file).await?.0 == digest,
-            None => true,
+            None if self.is_damaged(digest) => false,
+            None if bytes > COMPARED_BYTES_MAX || self.is_verified(digest) => true,
+            None => Digest::of(&self.read(&path).await?) == digest,
         };
         if !intact {
             tracing::warn!(path = self.display_path(&path), "replacing a damaged blob");
-            self.set_verified(digest, false);
             self.delete(&path).await?;
+            self.forget_blob(digest);
         }
         Ok(intact)
     }
@@ -151,14 +132,22 @@ impl Store {
     /// [`StoreError::Missing`], or [`StoreError::Damaged`] when the bytes are not those of the digest.
     pub async fn get_blob(&self, digest: Digest) -> Result<Bytes> {
         let path = blob_path(digest);
-        let bytes = self.read(&path).await?;
-        let hashed = bytes.clone();
-        let found = tokio::task::spawn_blocking(move || Digest::of(&hashed)).await?;
+        let (bytes, found) = match self.local_blob(digest).filter(|_| self.reads_directly()) {
+            Some(file) => {
+                let error = StoreError::io("read", file.clone());
+                let (bytes, found) =
+                    tokio::task::spawn_blocking(move || hashing::read_hashed(&file)).await?.map_err(error)?;
+                (Bytes::from(bytes), found)
+            }
+            None => {
+                let (bytes, found, _) = self.download(&path, Vec::new()).await?;
+                (Bytes::from(bytes), found)
+            }
+        };
+        self.set_verified(digest, found == digest);
         if found != digest {
-            self.set_verified(digest, false);
             return Err(self.wrong_digest(&path, bytes.len() as u64, None));
         }
-        self.set_verified(digest, true);
         Ok(bytes)
     }
 
@@ -183,42 +172,32 @@ impl Store {
         let path = blob_path(digest);
         match self.length(&path).await? {
             None => return Err(StoreError::Missing { op: "read", path: self.display_path(&path) }),
-            Some(found) if found != bytes => return Err(self.wrong_digest(&path, found, Some(bytes))),
+            Some(found) if found != bytes => {
+                self.set_verified(digest, false);
+                return Err(self.wrong_digest(&path, found, Some(bytes)));
+            }
             Some(_) if self.is_verified(digest) => return Ok(()),
             Some(_) => {}
         }
         match self.local_blob(digest) {
             Some(file) => {
                 if hash_file(&file).await?.0 != digest {
+                    self.set_verified(digest, false);
                     return Err(self.wrong_digest(&path, bytes, Some(bytes)));
                 }
                 self.set_verified(digest, true);
             }
-            None => self.stream_blob(digest, &mut io::sink()).await?,
+            None => self.stream_blob(digest, io::sink()).await?,
         }
         Ok(())
     }
 
     /// Streams a blob into `to`, comparing the digest at the end: on an error what was written is worthless.
-    pub(crate) async fn stream_blob(&self, digest: Digest, to: &mut (impl Write + Send)) -> Result<()> {
+    pub(crate) async fn stream_blob(&self, digest: Digest, to: impl Write + Send + 'static) -> Result<()> {
         let path = blob_path(digest);
-        let shown = self.display_path(&path);
-        let location = self.location(&path)?;
-        let error = |error| StoreError::object("read", &shown, error);
-        let mut stream = self.objects().get(&location).await.map_err(error)?.into_stream();
-        let mut hasher = blake3::Hasher::new();
-        let mut bytes = 0;
-        while let Some(chunk) = stream.next().await {
-            let chunk = chunk.map_err(error)?;
-            hasher.update(&chunk);
-            bytes += chunk.len() as u64;
-            to.write_all(&chunk).map_err(StoreError::io("write a copy of", &shown))?;
-        }
-        if hasher.finalize().as_bytes() != digest.as_bytes() {
-            return Err(self.wrong_digest(&path, bytes, None));
-        }
-        self.set_verified(digest, true);
-        Ok(())
+        let (_, found, bytes) = self.download(&path, to).await?;
+        self.set_verified(digest, found == digest);
+        if found == digest { Ok(()) } else { Err(self.wrong_digest(&path, bytes, None)) }
     }
 
     fn wrong_digest(&self, path: &str, found: u64, expected: Option<u64>) -> StoreError {

@@ -97,8 +97,8 @@ impl Blobs {
         if self.sources.contains_key(&entry.digest) {
             fs::write(&path, self.get(entry)?).map_err(io("write"))?;
         } else {
-            let mut file = fs::File::create(&path).map_err(io("create"))?;
-            self.runtime.block_on(self.store.stream_blob(entry.digest, &mut file))?;
+            let file = fs::File::create(&path).map_err(io("create"))?;
+            self.runtime.block_on(self.store.stream_blob(entry.digest, file))?;
         }
         Ok(path)
     }

@@ -18,6 +18,12 @@ pub enum StoreError {
         /// What is wrong with it.
         problem: String,
     },
+    /// Two creates of one object both succeeded.
+    #[error("{url} does not honour conditional create: of two writers of one object both would win")]
+    Unconditional {
+        /// The store.
+        url: String,
+    },
     /// There is no such object.
     #[error("cannot {op} {path}: it does not exist")]
     Missing {
@@ -159,7 +165,7 @@ impl StoreError {
     /// What the operator does next.
     pub fn kind(&self) -> ErrorKind {
         match self {
-            Self::Url { .. } => ErrorKind::Invalid,
+            Self::Url { .. } | Self::Unconditional { .. } => ErrorKind::Invalid,
             Self::Missing { .. }
             | Self::Damaged { .. }
             | Self::SourceChanged { .. }
@@ -178,6 +184,10 @@ impl StoreError {
     fn help(&self) -> Option<&'static str> {
         Some(match self {
             Self::Url { .. } => "use file://./FOLDER, file:///FOLDER, memory://, s3://BUCKET/PREFIX, gs:// or az://",
+            Self::Unconditional { .. } => {
+                "use a store that honours `If-None-Match: *`; or, if you promise that never two processes work on this one \
+                 at the same time, write `store: { url: .., conditional_create: single_writer }`"
+            }
             Self::Missing { .. } => "restore the file, or run again without --from or --only so that it is made anew",
             Self::Damaged { .. } => "delete the damaged object and run again: what made it is made anew",
             Self::SourceMissing { .. } => "restore the file and run again; what was finished stays finished",

@@ -6,6 +6,7 @@
 //! stages/<key>/leases/<epoch>.json      who runs the stage; <epoch>.beat its heartbeat, <epoch>.end its release
 //! stages/<key>/result.json              the finished stage
 //! runs/<id>/plan.json                   the resolved plan; status/<n>.json, events/<segment>.jsonl
+//! probe/<nonce>                         whether the store honours conditional create; deleted at once
 //! ```
 //!
 //! Invariants: every commit is a conditional create of a whole object; nothing is renamed and nothing is chosen by
@@ -17,22 +18,31 @@ pub mod faults;
 
 mod blobs;
 mod checkpoints;
+mod connect;
 mod error;
+mod hashing;
 mod host;
 mod lease;
 mod local;
 mod object;
+mod options;
+mod probe;
 mod record;
 mod result;
+mod retry;
 mod runs;
 #[cfg(test)]
 mod tests;
+mod transfer;
 
 pub use blobs::Sources;
 pub use checkpoints::{Checkpoint, FoundCheckpoint};
+pub use connect::check_options;
 pub use error::{Result, StoreError};
 pub use host::{Holder, nonce};
 pub use lease::{IfHeld, Lease, LeaseOptions};
 pub use object::{Create, Store};
+pub use options::{ConditionalCreate, StoreOptions};
+pub use probe::CreateMode;
 pub use result::{OutputEntry, StageResult};
 pub use runs::{EventLog, RunStatus, parse_events};

@@ -57,6 +57,11 @@ impl Root {
         &self.path
     }
 
+    /// Whether nobody is told of its steps.
+    pub(crate) fn is_plain(&self) -> bool {
+        self.steps.is_none()
+    }
+
     fn step(&self, step: Step, path: &str, staged: &Path) -> io::Result<()> {
         self.steps.as_ref().map_or(Ok(()), |steps| steps.step(step, path, staged))
     }

@@ -9,7 +9,7 @@ use std::{fs, path::PathBuf, sync::Arc};
 
 use object_store::{memory::InMemory, path::Path as ObjectPath};
 
-use crate::Store;
+use crate::{Store, StoreOptions};
 
 /// A folder that ends with the test.
 pub(crate) struct TempFolder(pub(crate) PathBuf);
@@ -34,7 +34,8 @@ impl Drop for TempFolder {
 /// (a prefix of its own for each call; `moto_server` serves for s3).
 pub(crate) fn each(folder: &TempFolder) -> Vec<Store> {
     let prefix = ObjectPath::from("team/runs");
-    let below = Store::with_parts("s3://bucket/team/runs", Arc::new(InMemory::new()), prefix, None);
+    let below =
+        Store::with_objects_and("s3://bucket/team/runs", Arc::new(InMemory::new()), prefix, StoreOptions::near());
     let mut stores = vec![Store::with_memory(), below, folder.store()];
     if let Ok(url) = std::env::var("DSV3_TEST_STORE") {
         stores.push(Store::open(&format!("{url}/{}", crate::nonce())).unwrap());

@@ -65,16 +65,19 @@ impl S3Server {
     pub fn start_at(folder: &Path, port: u16) -> io::Result<Self> {
         std::fs::create_dir_all(folder.join(BUCKET))?;
         let faults = Faults::default();
-        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
-        let listener = runtime.block_on(TcpListener::bind(("127.0.0.1", port)))?;
+        // Bound here, so that a port that is taken is told; served elsewhere, so that a test may itself be a task.
+        let listener = std::net::TcpListener::bind(("127.0.0.1", port))?;
+        listener.set_nonblocking(true)?;
         let address = listener.local_addr()?;
-        let service = serve::service(folder, ACCESS_KEY, SECRET_KEY, faults.clone())?;
+        let service = Arc::new(serve::service(folder, ACCESS_KEY, SECRET_KEY, faults.clone())?);
         let (stop, stopped) = oneshot::channel();
-        let served = Arc::new(service);
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
         let thread = thread::Builder::new().name("s3-server".into()).spawn(move || {
             runtime.block_on(async {
+                // A listener that is bound can be registered with a runtime that runs.
+                let listener = TcpListener::from_std(listener).expect("a listener");
                 tokio::select! {
-                    () = serve::accept(listener, served) => {}
+                    () = serve::accept(listener, service) => {}
                     _ = stopped => {}
                 }
             });
