@@ -7,7 +7,7 @@ use std::{
 };
 
 use dsv3_core::{Error, ErrorKind};
-use dsv3_engine::{Diagnostics, Engine, EngineError, LoadOptions, Spec};
+use dsv3_engine::{Diagnostics, Engine, EngineBuilder, EngineError, LoadOptions, Spec};
 use dsv3_store::{Store, StoreError};
 use serde_json::{Value, json};
 use tracing_subscriber::EnvFilter;
@@ -47,7 +47,15 @@ impl PipelineArgs {
 
 /// The engine with all our stages. Compiled hooks are kept in the user's cache folder.
 pub(crate) fn engine() -> Engine {
-    let builder = Engine::builder().stages(dsv3_stages::ALL);
+    built(Engine::builder().stages(dsv3_stages::ALL))
+}
+
+/// The engine with all our stages, on a store whatever the pipeline names.
+pub(crate) fn engine_on(store: Store) -> Engine {
+    built(Engine::builder().stages(dsv3_stages::ALL).store(store))
+}
+
+fn built(builder: EngineBuilder) -> Engine {
     let cache = std::env::var_os("XDG_CACHE_HOME")
         .map(PathBuf::from)
         .or_else(|| std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".cache")));

@@ -4,6 +4,7 @@
 //! something unavailable, full or read-only; 70 a bug; 75 stopped at a checkpoint, run again.
 
 mod bench;
+mod chaos;
 mod common;
 mod exec;
 mod explain;
@@ -63,6 +64,8 @@ enum Command {
     Schema(schema::Args),
     /// Serve a model folder over an OpenAI-compatible HTTP API
     Serve(serve::Args),
+    /// Run a pipeline, made small, with a crash at every store operation
+    Chaos(chaos::Args),
     /// Measure training, decoding or prefill on this machine, beside what it could reach
     Bench(bench::Args),
     /// Write the data that the shipped pipelines read
@@ -111,6 +114,7 @@ impl Command {
             Self::Resume(args) => args.json,
             Self::Report(args) => args.json,
             Self::Bench(args) => args.json,
+            Self::Chaos(args) => args.json,
             _ => false,
         }
     }
@@ -130,6 +134,7 @@ impl Command {
             Self::Schema(args) => schema::run(&args),
             Self::Serve(args) => Ok(serve::run(args).await?),
             Self::Bench(args) => bench::run(&args),
+            Self::Chaos(args) => chaos::run(args).await,
             Self::Generate(args) => Ok(generate::run(&args)?),
         }
     }

@@ -9,7 +9,7 @@ use dsv3_core::{
 use dsv3_data::Loader;
 use dsv3_eval::NeedleReport;
 use dsv3_model::{Model, RopeScaling, SaveFormat};
-use dsv3_stage::{Ctx, InputFacts, OutputFacts, Problems, Stage, ports};
+use dsv3_stage::{Ctx, InputFacts, OutputFacts, Problems, Shrink, Stage, ports};
 use dsv3_train::{Schedules, Supervised, Trainer, WindowSource, run_training, stored_phase};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -75,6 +75,11 @@ impl Stage for ContextExtension {
     const NAME: &'static str = "context_extension";
     const VERSION: u32 = 3;
     const ABOUT: &'static str = "Extends the context with YaRN in phases and measures retrieval before and after";
+    const SHRINK: &'static [Shrink] = &[
+        Shrink::Put("phases.*.length", r#"{"steps": 3}"#),
+        Shrink::Put("phases.*.schedules.batch", r#"{"sequences": 1}"#),
+        Shrink::Put("training.checkpoint", r#"{"steps": 2}"#),
+    ];
     type Config = Config;
     type Inputs = Inputs;
     type Outputs = Outputs;

@@ -10,7 +10,7 @@ use dsv3_data::{RecordKind, read_traces};
 use dsv3_hooks::World;
 use dsv3_model::LoadPrecision;
 use dsv3_posttrain::{DistillConfig, Rewards, Rule, Teacher, distill};
-use dsv3_stage::{Ctx, HookPort, InputFacts, Problems, Stage, ports};
+use dsv3_stage::{Ctx, HookPort, InputFacts, Problems, Shrink, Stage, ports};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
@@ -58,6 +58,7 @@ impl Stage for Distill {
     const ABOUT: &'static str = "Makes conversations from reasoning traces, keeping only those a reward accepts";
     const HOOKS: &'static [HookPort] =
         &[HookPort { name: "reward", world: World::Reward, required: false, doc: "Judges every trace" }];
+    const SHRINK: &'static [Shrink] = &[Shrink::AtMost("samples.tries", 2), Shrink::AtMost("samples.tokens_max", 8)];
     type Config = Config;
     type Inputs = Inputs;
     type Outputs = Outputs;

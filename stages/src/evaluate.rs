@@ -9,7 +9,7 @@ use dsv3_core::{
 use dsv3_data::{BenchmarkRecord, ChatTemplate, read_benchmark};
 use dsv3_eval::{ChoiceForm, ExactItem, ExactOptions, Extractor};
 use dsv3_model::LoadPrecision;
-use dsv3_stage::{Ctx, InputFacts, Problems, Stage, ports};
+use dsv3_stage::{Ctx, InputFacts, Problems, Shrink, Stage, ports};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -114,6 +114,11 @@ impl Stage for Evaluate {
     const NAME: &'static str = "evaluate";
     const VERSION: u32 = 3;
     const ABOUT: &'static str = "Scores a model on benchmarks: exact answers, choices by likelihood, retrieval";
+    const SHRINK: &'static [Shrink] = &[
+        Shrink::Put("tasks.*.questions_max", "2"),
+        Shrink::AtMost("tasks.*.score.tokens_max", 8),
+        Shrink::AtMost("tasks.*.score.samples", 1),
+    ];
     type Config = Config;
     type Inputs = Inputs;
     type Outputs = Outputs;

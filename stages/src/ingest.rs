@@ -7,7 +7,7 @@ use dsv3_core::{
 use dsv3_data::{RecordKind, Tokenizer};
 use dsv3_hooks::World;
 use dsv3_ingest::{DocumentFilter, Host, IngestOptions};
-use dsv3_stage::{Ctx, HookPort, InputFacts, OutputFacts, Problems, Stage, ports};
+use dsv3_stage::{Ctx, HookPort, InputFacts, OutputFacts, Problems, Shrink, Stage, ports};
 use serde_json::json;
 
 use crate::shared::{facts, records::check_records};
@@ -48,6 +48,7 @@ impl Stage for Ingest {
         required: false,
         doc: "Keeps, drops or rewrites documents before anything else is done with them",
     }];
+    const SHRINK: &'static [Shrink] = &[Shrink::AtMost("shard_tokens", 4096)];
     type Config = IngestOptions;
     type Inputs = Inputs;
     type Outputs = Outputs;

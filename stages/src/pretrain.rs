@@ -7,7 +7,7 @@ use dsv3_core::{
 use dsv3_data::{ChatTemplate, Loader};
 use dsv3_estimate::Estimate;
 use dsv3_model::{Model, ModelConfig, SaveFormat};
-use dsv3_stage::{Ctx, InputFacts, OutputFacts, Problems, Stage, ports};
+use dsv3_stage::{Ctx, InputFacts, OutputFacts, Problems, Shrink, Stage, ports};
 use dsv3_train::{Schedules, Supervised, Trainer, WindowSource, run_training};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -71,6 +71,31 @@ impl Stage for Pretrain {
     const VERSION: u32 = 2;
     const ABOUT: &'static str =
         "Trains a model from scratch, with multi-token prediction and loss-free expert balancing";
+    const SHRINK: &'static [Shrink] = &[
+        Shrink::AtMost("model.hidden_size", 32),
+        Shrink::AtMost("model.num_hidden_layers", 2),
+        Shrink::AtMost("model.first_k_dense_replace", 1),
+        Shrink::AtMost("model.intermediate_size", 48),
+        Shrink::AtMost("model.moe_intermediate_size", 16),
+        Shrink::AtMost("model.num_attention_heads", 2),
+        Shrink::AtMost("model.q_lora_rank", 24),
+        Shrink::AtMost("model.kv_lora_rank", 16),
+        Shrink::AtMost("model.qk_nope_head_dim", 8),
+        Shrink::AtMost("model.qk_rope_head_dim", 8),
+        Shrink::AtMost("model.v_head_dim", 8),
+        Shrink::AtMost("model.num_nextn_predict_layers", 1),
+        // Groups must divide the experts, so these four go together.
+        Shrink::Put("model.n_routed_experts", "8"),
+        Shrink::Put("model.num_experts_per_tok", "2"),
+        Shrink::Put("model.n_group", "4"),
+        Shrink::Put("model.topk_group", "2"),
+        Shrink::AtMost("sequence_tokens", 64),
+        Shrink::Put("length", r#"{"steps": 6}"#),
+        Shrink::Put("schedules.batch", r#"{"sequences": 2}"#),
+        Shrink::AtMost("holdout_sequences", 4),
+        Shrink::Put("training.checkpoint", r#"{"steps": 2}"#),
+        Shrink::AtMost("training.validate_steps", 4),
+    ];
     type Config = Config;
     type Inputs = Inputs;
     type Outputs = Outputs;

@@ -9,7 +9,7 @@ use dsv3_core::{
 use dsv3_data::{RecordKind, read_prompts};
 use dsv3_hooks::World;
 use dsv3_posttrain::{Rewards, Rl as Policy, RlConfig, Rule, rollout};
-use dsv3_stage::{Ctx, HookPort, InputFacts, OutputFacts, Problems, Stage, ports};
+use dsv3_stage::{Ctx, HookPort, InputFacts, OutputFacts, Problems, Shrink, Stage, ports};
 use dsv3_train::{GuardConfig, RunOptions, Trainer, run_training, schedule::Horizon};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -71,6 +71,14 @@ impl Stage for Rl {
     const ABOUT: &'static str = "Improves a model by GRPO on its own completions, rewarded by rules and a hook";
     const HOOKS: &'static [HookPort] =
         &[HookPort { name: "reward", world: World::Reward, required: false, doc: "Scores every completion" }];
+    const SHRINK: &'static [Shrink] = &[
+        Shrink::AtMost("steps", 3),
+        Shrink::AtMost("policy.prompts_per_step", 2),
+        Shrink::AtMost("policy.group", 4),
+        Shrink::AtMost("policy.minibatches", 2),
+        Shrink::AtMost("policy.tokens_max", 8),
+        Shrink::Put("training.checkpoint", r#"{"steps": 1}"#),
+    ];
     type Config = Config;
     type Inputs = Inputs;
     type Outputs = Outputs;

@@ -9,7 +9,7 @@ use dsv3_core::{
 use dsv3_http::{AppState, ModelText, Served, SmokeOptions, smoke};
 use dsv3_infer::{Engine, Options};
 use dsv3_model::LoadPrecision;
-use dsv3_stage::{Ctx, InputFacts, Problems, Stage, ports};
+use dsv3_stage::{Ctx, InputFacts, Problems, Shrink, Stage, ports};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
@@ -65,6 +65,7 @@ impl Stage for Serve {
     const NAME: &'static str = "serve";
     const VERSION: u32 = 3;
     const ABOUT: &'static str = "Serves a model over an OpenAI-compatible HTTP API and checks that it answers";
+    const SHRINK: &'static [Shrink] = &[Shrink::AtMost("tokens_max", 4)];
     type Config = Config;
     type Inputs = Inputs;
     type Outputs = Outputs;

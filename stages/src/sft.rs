@@ -9,7 +9,7 @@ use dsv3_core::{
 use dsv3_data::{ChatTemplate, RecordKind, read_chat};
 use dsv3_model::SaveFormat;
 use dsv3_posttrain::{ChatSource, sft};
-use dsv3_stage::{Ctx, InputFacts, OutputFacts, Problems, Stage, ports};
+use dsv3_stage::{Ctx, InputFacts, OutputFacts, Problems, Shrink, Stage, ports};
 use dsv3_train::{Schedules, Supervised, Trainer, run_training, schedule::Horizon};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -69,6 +69,12 @@ impl Stage for Sft {
     const VERSION: u32 = 2;
     const ABOUT: &'static str =
         "Fine-tunes a model on conversations, each isolated, loss on the assistant's tokens only";
+    const SHRINK: &'static [Shrink] = &[
+        Shrink::AtMost("epochs", 2),
+        Shrink::Put("schedules.batch", r#"{"sequences": 8}"#),
+        Shrink::AtMost("holdout", 2),
+        Shrink::Put("training.checkpoint", r#"{"steps": 2}"#),
+    ];
     type Config = Config;
     type Inputs = Inputs;
     type Outputs = Outputs;

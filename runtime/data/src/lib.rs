@@ -5,6 +5,7 @@
 
 mod chat;
 mod error;
+mod head;
 mod loader;
 mod needle;
 mod probe;
@@ -16,6 +17,7 @@ mod tokens;
 
 pub use chat::{ChatExample, ChatTemplate, DEFAULT_TEMPLATE, Message};
 pub use error::{DataError, Location, Place, Result};
+pub use head::head;
 pub use loader::Loader;
 pub use needle::{NeedleIds, NeedleRecord, read_needles};
 pub use probe::{RecordKind, check_columns};

@@ -180,6 +180,19 @@ impl Engine {
         Err(Error::invalid(message).help("run the pipeline again: a new plan takes the new version"))
     }
 
+    /// Another engine of these stages and hooks, on a store of its own.
+    pub(crate) fn beside(&self, store: Store, lease: LeaseOptions) -> Self {
+        Self {
+            stages: self.stages.clone(),
+            store: Some(store),
+            cache_dir: self.cache_dir.clone(),
+            clock: self.clock.clone(),
+            lease,
+            stores: Mutex::default(),
+            host: self.host.clone(),
+        }
+    }
+
     /// The host of hooks, started at the first use.
     pub(crate) fn host(&self) -> Result<Arc<Host>, Error> {
         if let Some(host) = self.host.get() {

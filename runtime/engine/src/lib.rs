@@ -12,6 +12,7 @@
 //! its result and on nothing else; all that a run needs lies in the store, external input files excepted.
 
 mod cached;
+mod chaos;
 mod check;
 mod diagnostics;
 mod engine;
@@ -26,6 +27,7 @@ mod schema;
 mod spec;
 mod yaml;
 
+pub use chaos::{ChaosOptions, ChaosPoint, ChaosReport, ChaosRow, ChaosTrial, Head, TrialEnd};
 pub use check::Spec;
 pub use diagnostics::{Diagnostic, Diagnostics, Origin, Source, Sources, Span};
 pub use engine::{Engine, EngineBuilder};

@@ -9,8 +9,9 @@ use serde::{Serialize, de::DeserializeOwned};
 use serde_json::Value;
 
 use crate::{
-    Ctx, InputFacts, KeyClass, OutputFacts, PortSpec, Ports, Problem, Problems, keys,
+    Ctx, InputFacts, KeyClass, OutputFacts, PortSpec, Ports, Problem, Problems, Shrink, keys,
     shape::{self, Checked},
+    shrink,
 };
 
 /// A place for a hook.
@@ -36,6 +37,8 @@ pub trait Stage: Send + Sync + 'static {
     const ABOUT: &'static str;
     /// Places for hooks.
     const HOOKS: &'static [HookPort] = &[];
+    /// How its config becomes small where only the order of its store operations matters, as in `chaos`.
+    const SHRINK: &'static [Shrink] = &[];
     /// Options. A field is semantic unless `#[schemars(extend("x-key" = "performance"))]` or `"numerics"` says otherwise.
     type Config: DeserializeOwned + Serialize + JsonSchema;
     /// Inputs, declared with [`crate::ports!`].
@@ -75,6 +78,8 @@ pub struct StageEntry {
     pub about: &'static str,
     /// [`Stage::HOOKS`].
     pub hooks: &'static [HookPort],
+    /// [`Stage::SHRINK`].
+    pub shrink: &'static [Shrink],
     inputs: fn() -> Vec<PortSpec>,
     outputs: fn() -> Vec<PortSpec>,
     schema: fn() -> Value,
@@ -106,6 +111,7 @@ impl StageEntry {
             version: T::VERSION,
             about: T::ABOUT,
             hooks: T::HOOKS,
+            shrink: T::SHRINK,
             inputs: T::Inputs::specs,
             outputs: T::Outputs::specs,
             schema: || {
@@ -162,6 +168,11 @@ impl StageEntry {
     /// [`dsv3_core::ErrorKind::Invalid`] when it does not fit.
     pub fn resolve_config(&self, config: &Value) -> Result<Value, Error> {
         (self.resolve)(config)
+    }
+
+    /// What [`Stage::SHRINK`] changes in a resolved config: dotted paths below `config` and new values.
+    pub fn shrink_changes(&self, config: &Value) -> Vec<(String, Value)> {
+        shrink::changes(self.shrink, config)
     }
 
     /// The fields that change the result, defaults filled in: what goes into the key.

@@ -52,6 +52,7 @@ mod keys;
 mod names;
 mod ports;
 mod shape;
+mod shrink;
 #[cfg(test)]
 mod tests;
 
@@ -66,3 +67,4 @@ pub use keys::KeyClass;
 #[doc(hidden)]
 pub use ports::private;
 pub use ports::{NoPorts, PortField, PortSpec, Ports};
+pub use shrink::Shrink;

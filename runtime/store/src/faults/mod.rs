@@ -8,6 +8,7 @@
 //!
 //! Invariant: which fault an operation meets depends on the plan, the seed and the operation's name alone.
 
+mod ground;
 mod local;
 mod objects;
 mod operation;
@@ -26,8 +27,9 @@ use object_store::{Error, memory::InMemory};
 
 use crate::Store;
 
+pub use ground::Ground;
 pub use objects::FaultyObjects;
-pub use operation::{Operation, OperationKind};
+pub use operation::{Operation, OperationKind, class};
 
 /// How long a stalled operation waits.
 const STALL: Duration = Duration::from_millis(40);

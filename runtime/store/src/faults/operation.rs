@@ -130,6 +130,35 @@ impl FromStr for Operation {
     }
 }
 
+impl Operation {
+    /// What the object is in the store's layout: `blob`, `checkpoint`, `lease`, ..
+    pub fn class(&self) -> &'static str {
+        class(&self.path)
+    }
+}
+
+/// What an object is in the store's layout, told from its path.
+pub fn class(path: &str) -> &'static str {
+    let parts: Vec<&str> = path.split('/').collect();
+    match parts.as_slice() {
+        ["blobs", ..] => "blob",
+        ["tmp", ..] => "temporary file",
+        ["stages", _, "checkpoints"] => "checkpoints",
+        ["stages", _, "checkpoints", ..] => "checkpoint",
+        ["stages", _, "leases"] => "leases",
+        ["stages", _, "leases", name] if name.ends_with(".beat") => "beat",
+        ["stages", _, "leases", name] if name.ends_with(".end") => "lease end",
+        ["stages", _, "leases", ..] => "lease",
+        ["stages", _, "profiles", ..] => "profile",
+        ["stages", _, "result.json"] => "result",
+        ["stages", _, "key.json"] => "key",
+        ["runs", _, "plan.json"] => "plan",
+        ["runs", _, "status", ..] => "status",
+        ["runs", _, "events", ..] => "events",
+        _ => "other",
+    }
+}
+
 /// A path without what chance chose.
 pub(super) fn plain_path(path: &str) -> String {
     let mut parts: Vec<&str> = path.split('/').collect();
