@@ -71,7 +71,7 @@ impl Drop for Scratch {
 pub(crate) async fn run(args: Args) -> Result<(), Failure> {
     let faults = faults(&args.faults)?;
     let cancel = Cancel::new();
-    signals::watch(cancel.clone())?;
+    signals::watch(cancel.clone(), None)?;
     let scratch = Scratch(std::env::temp_dir().join(format!("dsv3-chaos-{}", dsv3_store::nonce())));
     let refused = |error| Error::unavailable(format!("cannot create {}", scratch.0.display())).source(error);
     std::fs::create_dir_all(&scratch.0).map_err(refused)?;
@@ -186,6 +186,7 @@ fn conclude(args: &Args, report: &ChaosReport, seconds: f64) -> Result<(), Failu
             "seconds": seconds,
             "stages": report.stages.iter().map(|(name, count)| json!({ "stage": name, "operations": count }))
                 .collect::<Vec<_>>(),
+            "not_compared": report.clocked,
             "rows": report.rows(),
             "faults": faults,
             "failed": failed.iter().map(|trial| trial.point.to_string()).collect::<Vec<_>>(),
@@ -212,16 +213,18 @@ fn matrix(report: &ChaosReport, seconds: f64) -> String {
         "|---|---|---|---|---|---|---|---|---|".to_owned(),
     ];
     let line = |row: &ChaosRow| {
-        let ChaosRow { stage, operation, points, not_met, survived, attempts, resumed, further_crashes, identical } = row;
+        let ChaosRow { stage, operation, points, not_met, survived, attempts, resumed, further_crashes, identical } =
+            row;
         let met = points - not_met;
         format!(
             "| {stage} | {operation} | {points} | {met} | {survived} | {attempts} | {resumed} | {further_crashes} | {identical} |"
         )
     };
     lines.extend(report.rows().iter().map(line));
-    lines.extend(
-        report.totals().into_iter().map(|row| line(&ChaosRow { stage: "all stages".to_owned(), ..row })),
-    );
+    lines.extend(report.totals().into_iter().map(|row| line(&ChaosRow { stage: "all stages".to_owned(), ..row })));
+    if !report.clocked.is_empty() {
+        lines.push(format!("\nnot compared, since a clock measures them: {}", report.clocked.join(", ")));
+    }
     let same = report.trials.len() - report.failed().count();
     let again: u32 = report.trials.iter().map(|trial| trial.further_crashes).sum();
     lines.push(format!(

@@ -9,7 +9,7 @@ use std::{
 use dsv3_core::{Clock, Error, SystemClock};
 use dsv3_hooks::Host;
 use dsv3_stage::StageEntry;
-use dsv3_store::{LeaseOptions, Store};
+use dsv3_store::{Holder, LeaseOptions, Store};
 
 use crate::{
     check::{self, Spec},
@@ -77,6 +77,7 @@ impl EngineBuilder {
             lease: self.lease,
             stores: Mutex::default(),
             host: OnceLock::new(),
+            holder: None,
         }
     }
 }
@@ -90,6 +91,8 @@ pub struct Engine {
     pub(crate) lease: LeaseOptions,
     stores: Mutex<BTreeMap<String, Store>>,
     host: OnceLock<Arc<Host>>,
+    /// Who leases say that this is; this process when absent.
+    holder: Option<Holder>,
 }
 
 impl std::fmt::Debug for Engine {
@@ -180,8 +183,11 @@ impl Engine {
         Err(Error::invalid(message).help("run the pipeline again: a new plan takes the new version"))
     }
 
-    /// Another engine of these stages and hooks, on a store of its own.
-    pub(crate) fn beside(&self, store: Store, lease: LeaseOptions) -> Self {
+    /// Another engine of these stages and hooks, on a store of its own. Its leases say that their holder is a process of
+    /// this host that has ended, so that whoever comes next need not wait for it to expire.
+    pub(crate) fn ended(&self, store: Store, lease: LeaseOptions) -> Self {
+        let here = Holder::this_process("");
+        let gone = Holder { process_start: here.process_start.wrapping_add(1), ..here };
         Self {
             stages: self.stages.clone(),
             store: Some(store),
@@ -190,6 +196,15 @@ impl Engine {
             lease,
             stores: Mutex::default(),
             host: self.host.clone(),
+            holder: Some(gone),
+        }
+    }
+
+    /// Who leases of the run `run` say that this is.
+    pub(crate) fn holder(&self, run: &str) -> Holder {
+        match &self.holder {
+            Some(holder) => Holder { run: run.to_owned(), ..holder.clone() },
+            None => Holder::this_process(run),
         }
     }
 

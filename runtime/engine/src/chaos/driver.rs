@@ -1,6 +1,7 @@
 //! Runs the trials.
 
 use std::{
+    collections::BTreeSet,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
@@ -19,10 +20,8 @@ use crate::{
     plan::Plan,
 };
 
-/// No heartbeat after the first, and a lease that two looks find unchanged is over: its holder, this very process, cannot
-/// be seen to be dead. The time of a poll is all that a take-over waits.
-const LEASE: LeaseOptions =
-    LeaseOptions { beat: Duration::from_secs(3600), expire: Duration::ZERO, poll: Duration::from_millis(1) };
+/// Time between heartbeats, longer than any attempt: the number of its operations does not depend on its time.
+const BEAT: Duration = Duration::from_secs(3600);
 /// Attempts of a trial at most: crashes end long before.
 const ATTEMPTS_MAX: u32 = 8;
 /// Attempts that may crash after the first.
@@ -36,6 +35,8 @@ struct Base {
     before: Ground,
     operations: Vec<Operation>,
     result: StageResult,
+    /// Figures that a second undisturbed run gave otherwise: rates, which a clock measures.
+    clocked: BTreeSet<String>,
 }
 
 /// What an attempt said.
@@ -89,7 +90,9 @@ impl Engine {
             tried.push(trial?);
         }
         let stages = bases.iter().map(|base| (base.stage.clone(), base.operations.len())).collect();
-        Ok(ChaosReport { seed: options.seed, stages, points: points.len(), trials: tried })
+        let named = |base: &Base| base.clocked.iter().map(|name| format!("{}.{name}", base.stage)).collect::<Vec<_>>();
+        let clocked = bases.iter().flat_map(named).collect();
+        Ok(ChaosReport { seed: options.seed, stages, points: points.len(), clocked, trials: tried })
     }
 }
 
@@ -106,7 +109,10 @@ impl Driver<'_> {
             let faults = Faults::default();
             let (ended, _) = self.attempt(&after, &faults, &stage.name, false).await?;
             let result = ended?;
-            bases.push(Base { stage: stage.name.clone(), before: ground, operations: faults.operations(), result });
+            let (again, _) = self.attempt(&ground.fork()?, &Faults::default(), &stage.name, false).await?;
+            let clocked = differing(&result, &again?, &stage.name)?;
+            let (stage, operations) = (stage.name.clone(), faults.operations());
+            bases.push(Base { stage, before: ground, operations, result, clocked });
             ground = after;
         }
         Ok(bases)
@@ -217,7 +223,7 @@ impl Driver<'_> {
         resume: bool,
     ) -> Result<(Result<StageResult, Error>, Said), Error> {
         let store = faults.wrap(&ground.store()?);
-        let engine = self.engine.beside(store.clone(), LEASE);
+        let engine = self.engine.ended(store.clone(), LeaseOptions { beat: BEAT, ..LeaseOptions::default() });
         let said = Arc::new(Mutex::new(Said::default()));
         let sink = said.clone();
         let events = Events::new(move |event| {
@@ -263,8 +269,12 @@ impl Driver<'_> {
             return Ok(Some(format!("outputs differ: {:?} instead of {:?}", result.outputs, expected.outputs)));
         }
         // As JSON, where a figure that is not a number equals itself.
-        let text = |result: &StageResult| serde_json::to_string(&(&result.metrics, &result.lineage, &result.profile));
-        let (found, wanted) = (text(result).unwrap_or_default(), text(expected).unwrap_or_default());
+        let text = |result: &StageResult| {
+            let mut figures = result.metrics.clone();
+            figures.retain(|name, _| !base.clocked.contains(name));
+            serde_json::to_string(&(figures, &result.lineage, &result.profile)).unwrap_or_default()
+        };
+        let (found, wanted) = (text(result), text(expected));
         if found != wanted {
             return Ok(Some(format!("figures or lineage differ: {found} instead of {wanted}")));
         }
@@ -280,4 +290,15 @@ impl Driver<'_> {
         let found = store.find_checkpoint(&expected.key).await?;
         Ok((!found.damaged.is_empty()).then(|| format!("damaged checkpoints were left: {:?}", found.damaged)))
     }
+}
+
+/// Names of the figures in which two undisturbed runs of a stage differ.
+fn differing(one: &StageResult, two: &StageResult, stage: &str) -> Result<BTreeSet<String>, Error> {
+    if one.outputs != two.outputs || one.lineage != two.lineage {
+        let message = format!("stage `{stage}` is not deterministic: two undisturbed runs made different outputs");
+        return Err(Error::data(message).help("disturbances can only be judged by a stage that repeats itself"));
+    }
+    let text = |result: &StageResult, name: &str| serde_json::to_string(&result.metrics.get(name)).unwrap_or_default();
+    let names = one.metrics.keys().chain(two.metrics.keys());
+    Ok(names.filter(|name| text(one, name) != text(two, name)).cloned().collect())
 }

@@ -16,6 +16,8 @@ pub struct ChaosReport {
     pub stages: Vec<(String, usize)>,
     /// Points there are; the trials are all of them or a sample.
     pub points: usize,
+    /// Figures, as `stage.metric`, that are a clock's and not compared: two undisturbed runs gave different ones.
+    pub clocked: Vec<String>,
     /// The trials, in the order of stages, operations and faults.
     pub trials: Vec<ChaosTrial>,
 }

@@ -80,7 +80,7 @@ impl Run<'_> {
             of_this_run.store(holder.run == self.id, Ordering::SeqCst);
             self.warn(&stage.name, format!("waiting for {holder} to finish this stage"));
         };
-        let holder = Holder::this_process(self.id);
+        let holder = self.engine.holder(self.id);
         let options = self.options.lease.over(self.plan.lease.over(self.engine.lease));
         let clock = self.engine.clock.clone();
         let lease = self.store.acquire(key, holder, clock, options, &self.options.cancel, wait).await;
