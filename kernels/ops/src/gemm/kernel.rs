@@ -1,7 +1,8 @@
-//! The micro-kernel: a few rows of A against one panel of B, in registers.
+//! The micro-kernel: rows of A against one panel of B, a few rows at a time in registers.
 //!
 //! Every output is one chain `acc = fma(a, b, acc)` from zero over the K block, then stored or added to C. Lanes are
-//! different columns, so a vector width never changes a sum.
+//! different columns, so a vector width never changes a sum. While a few rows are multiplied, their part of C and the next
+//! rows of A are fetched into the first-level cache.
 
 #![allow(unsafe_code)]
 
@@ -11,15 +12,20 @@ use crate::isa::{Isa, Kind};
 /// Most rows any kernel takes at once.
 pub(super) const ROWS_MAX: usize = 8;
 
+/// K steps between two rounds of fetching ahead: a cache line of a row of A.
+const STEPS: usize = 16;
+
 /// Operands of one call.
 #[derive(Clone, Copy)]
 pub(super) struct Call {
     /// Length of the K block.
     pub(super) k: usize,
-    /// Element (i, p) is `a[i * row_stride + p * col_stride]`.
+    /// Element (i, p) of the first [`rows_per_call`] rows is `a[i * row_stride + p * col_stride]`.
     pub(super) a: *const f32,
     pub(super) row_stride: usize,
     pub(super) col_stride: usize,
+    /// Elements from the first of so many rows to the first of the next.
+    pub(super) group: usize,
     /// Element (p, j) is `b[p * b_stride + j]`, j below 32.
     pub(super) b: *const f32,
     pub(super) b_stride: usize,
@@ -42,7 +48,16 @@ pub(super) struct Scales {
     pub(super) cols: *const f32,
 }
 
-/// Rows the kernel of `isa` wants at once.
+impl Call {
+    /// The same from the next `rows` rows on, which are a group of A.
+    fn below(self, rows: usize) -> Self {
+        let scales = self.scales.map(|s| Scales { rows: s.rows.wrapping_add(rows * s.row_stride), ..s });
+        let (a, c) = (self.a.wrapping_add(self.group), self.c.wrapping_add(rows * self.c_stride));
+        Self { a, c, scales, ..self }
+    }
+}
+
+/// Rows the kernel of `isa` holds in registers.
 pub(super) fn rows_per_call(isa: Isa) -> usize {
     match isa.kind() {
         #[cfg(target_arch = "x86_64")]
@@ -53,28 +68,33 @@ pub(super) fn rows_per_call(isa: Isa) -> usize {
     }
 }
 
-/// Multiplies `rows` rows (at most [`rows_per_call`]) by `cols` columns (at most a panel).
+/// Multiplies `rows` rows by `cols` columns (at most a panel).
 ///
 /// # Safety
 /// The elements of A and C and the factors named by the sizes must be valid, and `call.k` rows of 32 elements of B; nobody
 /// else may touch those of C. Pairs need an `isa` that has their dot product.
-pub(super) unsafe fn run(isa: Isa, form: Form, call: Call, rows: usize, cols: usize) {
+pub(super) unsafe fn run(isa: Isa, form: Form, mut call: Call, rows: usize, cols: usize) {
     let half = cols <= PANEL / 2;
     if cols == PANEL || cols == PANEL / 2 {
         // SAFETY: passed on.
         return unsafe { columns(isa, form, call, rows, half) };
     }
-    let mut edge = [0f32; ROWS_MAX * PANEL];
-    // SAFETY: `edge` holds 8 rows of a panel; A and B are as the caller promised.
-    unsafe { columns(isa, form, Call { c: edge.as_mut_ptr(), c_stride: PANEL, add: false, ..call }, rows, half) };
-    for (i, sums) in edge.chunks_exact(PANEL).enumerate().take(rows) {
-        // SAFETY: within the rows and columns of C that the caller promised, which nobody else touches.
-        let c = unsafe { std::slice::from_raw_parts_mut(call.c.add(i * call.c_stride), cols) };
-        if call.add {
-            c.iter_mut().zip(sums).for_each(|(c, sum)| *c += sum);
-        } else {
-            c.copy_from_slice(&sums[..cols]);
+    let step = rows_per_call(isa);
+    for first in (0..rows).step_by(step) {
+        let rows = step.min(rows - first);
+        let mut edge = [0f32; ROWS_MAX * PANEL];
+        // SAFETY: `edge` holds the rows of a panel; A and B are as the caller promised.
+        unsafe { columns(isa, form, Call { c: edge.as_mut_ptr(), c_stride: PANEL, add: false, ..call }, rows, half) };
+        for (i, sums) in edge.chunks_exact(PANEL).enumerate().take(rows) {
+            // SAFETY: within the rows and columns of C that the caller promised, which nobody else touches.
+            let c = unsafe { std::slice::from_raw_parts_mut(call.c.add(i * call.c_stride), cols) };
+            if call.add {
+                c.iter_mut().zip(sums).for_each(|(c, sum)| *c += sum);
+            } else {
+                c.copy_from_slice(&sums[..cols]);
+            }
         }
+        call = call.below(step);
     }
 }
 
@@ -101,6 +121,9 @@ trait Lanes: Copy {
     unsafe fn splat(x: f32) -> Self;
     unsafe fn load(p: *const f32) -> Self;
     unsafe fn store(self, p: *mut f32);
+    /// Asks for the cache line at `p`, which need not exist.
+    #[inline(always)]
+    unsafe fn fetch(_p: *const f32) {}
     unsafe fn add(self, other: Self) -> Self;
     unsafe fn mul(self, other: Self) -> Self;
     /// `self * b + acc`, rounded once.
@@ -115,20 +138,33 @@ unsafe fn block<L: Lanes, const R: usize, const V: usize>(call: Call, width: usi
         // SAFETY: rows below R and columns below 32, as the caller of `run` promised.
         unsafe {
             let mut acc = [[L::zero(); V]; R];
-            let (mut a, mut b) = (call.a, call.b.add(col));
-            for _ in 0..call.k {
-                let mut bs = [L::zero(); V];
+            for r in 0..R {
                 for v in 0..V {
-                    bs[v] = L::load(b.add(v * L::COUNT));
+                    L::fetch(call.c.wrapping_add(r * call.c_stride + col + v * L::COUNT));
                 }
+            }
+            let (mut a, mut b) = (call.a, call.b.add(col));
+            let line_stride = if call.col_stride == 1 { call.row_stride } else { STEPS };
+            let mut left = call.k;
+            while left > 0 {
                 for r in 0..R {
-                    let x = L::splat(*a.add(r * call.row_stride));
-                    for v in 0..V {
-                        acc[r][v] = x.fma(bs[v], acc[r][v]);
-                    }
+                    L::fetch(a.wrapping_add(call.group + r * line_stride));
                 }
-                a = a.wrapping_add(call.col_stride);
-                b = b.wrapping_add(call.b_stride);
+                for _ in 0..left.min(STEPS) {
+                    let mut bs = [L::zero(); V];
+                    for v in 0..V {
+                        bs[v] = L::load(b.add(v * L::COUNT));
+                    }
+                    for r in 0..R {
+                        let x = L::splat(*a.add(r * call.row_stride));
+                        for v in 0..V {
+                            acc[r][v] = x.fma(bs[v], acc[r][v]);
+                        }
+                    }
+                    a = a.wrapping_add(call.col_stride);
+                    b = b.wrapping_add(call.b_stride);
+                }
+                left -= left.min(STEPS);
             }
             if let Some(scales) = call.scales {
                 for r in 0..R {
@@ -157,14 +193,22 @@ unsafe fn block<L: Lanes, const R: usize, const V: usize>(call: Call, width: usi
     }
 }
 
+/// All rows: `$full` at a time, then the rest.
 macro_rules! by_rows {
-    ($lanes:ty, $vectors:literal, $width:expr, $call:ident, $rows:ident, $($r:literal),*) => {
-        match $rows {
-            // SAFETY: the caller's promise for `rows` rows.
-            $($r => unsafe { block::<$lanes, $r, $vectors>($call, $width) },)*
-            _ => unreachable!("the driver never asks for {} rows", $rows),
+    ($lanes:ty, $vectors:literal, $width:expr, $call:ident, $rows:ident, $full:literal, $($r:literal),*) => {{
+        let (mut call, mut left) = ($call, $rows);
+        while left >= $full {
+            // SAFETY: the caller's promise for all rows.
+            unsafe { block::<$lanes, $full, $vectors>(call, $width) };
+            call = call.below($full);
+            left -= $full;
         }
-    };
+        match left {
+            // SAFETY: as above.
+            $($r => unsafe { block::<$lanes, $r, $vectors>(call, $width) },)*
+            _ => {}
+        }
+    }};
 }
 
 /// Lanes of which two vectors are a panel.
@@ -172,9 +216,9 @@ macro_rules! by_rows {
 #[inline(always)]
 unsafe fn by_sixteen<L: Lanes>(call: Call, rows: usize, half: bool) {
     if half {
-        by_rows!(L, 1, PANEL / 2, call, rows, 1, 2, 3, 4, 5, 6, 7, 8)
+        by_rows!(L, 1, PANEL / 2, call, rows, 8, 1, 2, 3, 4, 5, 6, 7)
     } else {
-        by_rows!(L, 2, PANEL, call, rows, 1, 2, 3, 4, 5, 6, 7, 8)
+        by_rows!(L, 2, PANEL, call, rows, 8, 1, 2, 3, 4, 5, 6, 7)
     }
 }
 
@@ -195,11 +239,11 @@ unsafe fn wide_pairs(call: Call, rows: usize, half: bool) {
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma")]
 unsafe fn narrow(call: Call, rows: usize, half: bool) {
-    by_rows!(x86::Ymm, 2, if half { PANEL / 2 } else { PANEL }, call, rows, 1, 2, 3, 4, 5, 6)
+    by_rows!(x86::Ymm, 2, if half { PANEL / 2 } else { PANEL }, call, rows, 6, 1, 2, 3, 4, 5)
 }
 
 unsafe fn portable(call: Call, rows: usize, half: bool) {
-    by_rows!(Four, 2, if half { PANEL / 2 } else { PANEL }, call, rows, 1, 2, 3, 4)
+    by_rows!(Four, 2, if half { PANEL / 2 } else { PANEL }, call, rows, 4, 1, 2, 3)
 }
 
 /// Four lanes in plain Rust.
@@ -279,6 +323,11 @@ mod x86 {
                 unsafe fn store(self, p: *mut f32) {
                     // SAFETY: see the module; the caller promises the elements.
                     unsafe { $store(p, self.0) }
+                }
+                #[inline(always)]
+                unsafe fn fetch(p: *const f32) {
+                    // SAFETY: see the module; a prefetch touches nothing.
+                    unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) };
                 }
                 #[inline(always)]
                 unsafe fn add(self, other: Self) -> Self {

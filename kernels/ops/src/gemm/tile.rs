@@ -131,22 +131,19 @@ impl Left {
         }
     }
 
-    /// Where row `row` of the block that starts at row `first` begins in the `index`th K block, which starts at `ks.start`,
-    /// and the distances between its rows and columns.
+    /// Where the rows from `first` on, `step` at a time, begin in the `index`th K block, which starts at `ks.start`; the
+    /// distances between rows, columns and groups of `step` rows.
     fn at(
         self,
         a: Mat<'_>,
         packed: &[f32],
-        [first, row]: [usize; 2],
+        (first, step): (usize, usize),
         index: usize,
         ks: &Range<usize>,
-    ) -> (*const f32, usize, usize) {
+    ) -> (*const f32, usize, usize, usize) {
         match self {
-            Self::Direct => (a.data[row * a.row_stride + ks.start..].as_ptr(), a.row_stride, 1),
-            Self::Packed { step, group } => {
-                let at = (index * BLOCK_M.div_ceil(step) + (row - first) / step) * group;
-                (packed[at..].as_ptr(), 1, step)
-            }
+            Self::Direct => (a.data[first * a.row_stride + ks.start..].as_ptr(), a.row_stride, 1, step * a.row_stride),
+            Self::Packed { step, group } => (packed[index * BLOCK_M.div_ceil(step) * group..].as_ptr(), 1, step, group),
         }
     }
 }
@@ -164,29 +161,28 @@ fn row_block(
     let blocks = ks.len().div_ceil(block);
     for (views, col) in views.chunks(blocks).zip(cols.clone().step_by(PANEL)) {
         for (index, (ks, view)) in k_blocks(ks.clone(), block).zip(views).enumerate() {
-            for row in rows.clone().step_by(step) {
-                let (a, row_stride, col_stride) = left.at(p.a, packed_a, [rows.start, row], index, &ks);
-                let call = kernel::Call {
-                    k: ks.len(),
-                    a,
-                    row_stride,
-                    col_stride,
-                    b: view.data,
-                    b_stride: view.stride,
-                    // SAFETY: `check` proved that C holds this element.
-                    c: unsafe { p.c.add(row * p.c_stride + col) },
-                    c_stride: p.c_stride,
-                    add: p.accumulate || ks.start > 0,
-                    scales: p.row_scales.map(|rows| kernel::Scales {
-                        rows: rows.from(row, ks.start / block).as_ptr(),
-                        row_stride: rows.row_stride,
-                        cols: view.scales.as_ptr(),
-                    }),
-                };
-                // SAFETY: A, or what was packed of it, holds the rows and the K block by `check`; the view of B holds
-                // `ks.len()` rows of a panel; C holds the rows and columns, and no other thread touches this tile.
-                unsafe { kernel::run(isa, p.form, call, step.min(rows.end - row), PANEL.min(cols.end - col)) };
-            }
+            let (a, row_stride, col_stride, group) = left.at(p.a, packed_a, (rows.start, step), index, &ks);
+            let call = kernel::Call {
+                k: ks.len(),
+                a,
+                row_stride,
+                col_stride,
+                group,
+                b: view.data,
+                b_stride: view.stride,
+                // SAFETY: `check` proved that C holds this element.
+                c: unsafe { p.c.add(rows.start * p.c_stride + col) },
+                c_stride: p.c_stride,
+                add: p.accumulate || ks.start > 0,
+                scales: p.row_scales.map(|scales| kernel::Scales {
+                    rows: scales.from(rows.start, ks.start / block).as_ptr(),
+                    row_stride: scales.row_stride,
+                    cols: view.scales.as_ptr(),
+                }),
+            };
+            // SAFETY: A, or what was packed of it, holds the rows and the K block by `check`; the view of B holds
+            // `ks.len()` rows of a panel; C holds the rows and columns, and no other thread touches this tile.
+            unsafe { kernel::run(isa, p.form, call, rows.len(), PANEL.min(cols.end - col)) };
         }
     }
 }
