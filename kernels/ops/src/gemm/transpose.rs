@@ -37,6 +37,9 @@ mod x86 {
 
     /// Words of a vector.
     const LANES: usize = 16;
+    /// Words of a row to fetch ahead: rows lie too far apart for the processor to do it. Past the end of the block lies the
+    /// next one.
+    const AHEAD: usize = 64;
 
     pub(super) fn transpose(source: &[f32], stride: usize, width: usize, len: usize, out: &mut [f32]) {
         let needed = if width > 0 && len > 0 { (width - 1) * stride + len } else { 0 };
@@ -64,8 +67,12 @@ mod x86 {
         let mask: __mmask16 = if rows == LANES { !0 } else { (1 << rows) - 1 };
         let from: [__m512; LANES] = std::array::from_fn(|i| {
             if i < columns {
-                // SAFETY: the caller's promise; masked words are not touched.
-                unsafe { _mm512_maskz_loadu_ps(mask, source.as_ptr().add((j + i) * stride + k)) }
+                // SAFETY: the caller's promise; masked words are not touched, nor is what is fetched ahead.
+                unsafe {
+                    let words = source.as_ptr().add((j + i) * stride + k);
+                    _mm_prefetch::<_MM_HINT_T0>(words.wrapping_add(AHEAD).cast());
+                    _mm512_maskz_loadu_ps(mask, words)
+                }
             } else {
                 _mm512_setzero_ps()
             }
