@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 const ELEMENTS_MIN: usize = 1 << 13;
 /// The pool is emptied when it would hold more elements than this (512 MiB unless [`keep_buffers`] said otherwise), so that
 /// sizes of a finished phase do not stay.
-static ELEMENTS_MAX: AtomicUsize = AtomicUsize::new(1 << 27);
+static ELEMENTS_MAX: AtomicUsize = AtomicUsize::new(1 << 29);
 
 struct Pool {
     by_capacity: BTreeMap<usize, Vec<Vec<f32>>>,

@@ -1,9 +1,9 @@
 //! Output head and log-softmax in one: logp_t = z_t[target_t] − logsumexp(z_t), z = h·Wᵀ, chunk by chunk.
 //!
 //! Shapes: h `[tokens, d]`, W `[vocab, d]` (F32 or BF16 values, product in F32), targets `[tokens]`, logp `[tokens]`.
-//! Logits of more than `chunk_rows` rows never exist: those of a call that fits in one chunk are kept for the backward
-//! pass, otherwise it computes them again. Rows without a target are
-//! not multiplied at all: their logp and entropy are 0 and they receive no gradient.
+//! Logits are made `chunk_rows` rows at a time. Those of a call that takes at most [`KEPT_BYTES_MAX`] are kept for the
+//! backward pass; of a larger one no more than a chunk ever exists, and the backward pass computes them again. Rows without
+//! a target are not multiplied at all: their logp and entropy are 0 and they receive no gradient.
 //! Backward: dz_t = dlogp_t·(onehot − softmax(z_t)); dh = dz·W; dW = dzᵀ·h, chunks added in order.
 //! Entropy is logsumexp(z) − Σ_v softmax(z)_v z_v, in nats; it carries no gradient.
 
@@ -19,10 +19,13 @@ use crate::{Back, Grads, Job, Param, ParamId, Tape, Tensor, Var, VarId, Weight};
 /// The target of a row that has none.
 pub const NO_TARGET: u32 = u32::MAX;
 
+/// Logits of at most this many bytes are kept for the backward pass, which otherwise takes half as long again.
+pub const KEPT_BYTES_MAX: usize = 256 << 20;
+
 /// How the head is computed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Options {
-    /// Rows whose logits exist at one time.
+    /// Rows whose logits are made at one time.
     pub chunk_rows: usize,
     /// Whether to compute the entropy of every row's distribution too.
     pub want_entropy: bool,
@@ -48,7 +51,7 @@ pub struct Out {
 /// # Panics
 /// When sizes disagree or a target is neither below the vocabulary nor [`NO_TARGET`].
 pub fn forward(h: &Tensor, head: &Weight, targets: &[u32], options: Options) -> Out {
-    evaluate(h, head, targets, options).0
+    evaluate(h, head, targets, options, false).0
 }
 
 /// [`forward`] with the gradients of `h` and of the head: logp as a variable, entropy as a plain value.
@@ -60,8 +63,7 @@ pub fn on_tape(
     options: Options,
 ) -> (Var, Option<Tensor>) {
     let weight = head.compute.clone();
-    let (out, logsumexp, logits) = evaluate(&h.value, &weight, targets, options);
-    let logits = logits.filter(|_| tape.is_recording());
+    let (out, logsumexp, logits) = evaluate(&h.value, &weight, targets, options, tape.is_recording());
     let (h, targets, param) = (h.clone(), targets.clone(), head.id);
     let logp = tape.push(out.logp, |out| {
         Box::new(HeadBack { h, weight, targets, logsumexp, logits, chunk_rows: options.chunk_rows, param, out })
@@ -82,8 +84,14 @@ fn gather(h: &[f32], d: usize, rows: &[u32], into: &mut Vec<f32>) {
     }
 }
 
-/// Results, log-sum-exp of every row, and the logits of the active rows when one chunk held them all.
-fn evaluate(h: &Tensor, weight: &Weight, targets: &[u32], options: Options) -> (Out, Vec<f32>, Option<Tensor>) {
+/// Results, log-sum-exp of every row, and the logits of the active rows by chunk if they are wanted and small enough.
+fn evaluate(
+    h: &Tensor,
+    weight: &Weight,
+    targets: &[u32],
+    options: Options,
+    keep: bool,
+) -> (Out, Vec<f32>, Vec<Tensor>) {
     let (tokens, d, vocab) = (h.rows(), weight.inputs(), weight.outputs());
     assert!(tokens == targets.len() && d == h.cols(), "head {:?} on {:?}", weight.shape(), h.shape());
     let (h, w) = (h.as_f32(), Operand::forward(weight, 0));
@@ -91,12 +99,14 @@ fn evaluate(h: &Tensor, weight: &Weight, targets: &[u32], options: Options) -> (
     let mut entropy = vec![0.0; if options.want_entropy { tokens } else { 0 }];
     let mut logsumexp = vec![0.0; tokens];
     let rows = active_rows(targets, |_| true);
+    let keep = keep && rows.len() * vocab * size_of::<f32>() <= KEPT_BYTES_MAX;
     let chunk_rows = options.chunk_rows.max(1);
-    let mut logits = scratch(rows.len().min(chunk_rows) * vocab);
+    let (mut kept, mut buffer) = (Vec::new(), None);
     let mut packed = Vec::new();
     for chunk in rows.chunks(chunk_rows) {
         gather(h, d, chunk, &mut packed);
-        let logits = &mut logits.as_f32_mut()[..chunk.len() * vocab];
+        let mut all = buffer.take().unwrap_or_else(|| scratch(rows.len().min(chunk_rows) * vocab));
+        let logits = &mut all.as_f32_mut()[..chunk.len() * vocab];
         product(chunk.len(), vocab, d, &packed, &w, logits);
         let logits = &*logits;
         let mut results = vec![0.0; chunk.len() * 3];
@@ -115,10 +125,10 @@ fn evaluate(h: &Tensor, weight: &Weight, targets: &[u32], options: Options) -> (
                 entropy[row as usize] = result[2];
             }
         }
+        if keep { kept.push(all) } else { buffer = Some(all) }
     }
     let entropy = options.want_entropy.then(|| Tensor::f32(&[tokens], entropy));
-    let logits = (rows.len() <= chunk_rows).then_some(logits);
-    (Out { logp: Tensor::f32(&[tokens], logp), entropy }, logsumexp, logits)
+    (Out { logp: Tensor::f32(&[tokens], logp), entropy }, logsumexp, kept)
 }
 
 /// `c[m, n] = a[m, k] · b`.
@@ -158,8 +168,8 @@ struct HeadBack {
     weight: Weight,
     targets: Arc<[u32]>,
     logsumexp: Vec<f32>,
-    /// Of all rows with a target, when they are few enough.
-    logits: Option<Tensor>,
+    /// Of all rows with a target by chunk, or none.
+    logits: Vec<Tensor>,
     chunk_rows: usize,
     param: ParamId,
     out: VarId,
@@ -179,14 +189,18 @@ impl Back for HeadBack {
             dw.fill(0.0);
         }
         let chunk_rows = self.chunk_rows.max(1);
-        let kept = self.logits.take().filter(|logits| logits.numel() == rows.len() * vocab);
-        let computed = kept.is_some();
-        let mut logits = kept.unwrap_or_else(|| scratch(rows.len().min(chunk_rows) * vocab));
+        // Rows whose gradient is exactly zero shift the chunks; then none of what was kept fits.
+        let all_rows = self.targets.iter().filter(|target| **target != NO_TARGET).count();
+        let mut kept = std::mem::take(&mut self.logits).into_iter().filter(|_| rows.len() == all_rows);
+        let mut buffer = None;
         let (mut packed, mut dh_packed) = (Vec::new(), Vec::new());
         for (index, chunk) in rows.chunks(chunk_rows).enumerate() {
             gather(h, d, chunk, &mut packed);
-            let logits = &mut logits.as_f32_mut()[..chunk.len() * vocab];
             let n = chunk.len();
+            let kept = kept.next();
+            let computed = kept.is_some();
+            let mut all = kept.or_else(|| buffer.take()).unwrap_or_else(|| scratch(rows.len().min(chunk_rows) * vocab));
+            let logits = &mut all.as_f32_mut()[..n * vocab];
             if !computed {
                 product(n, vocab, d, &packed, &Operand::forward(&self.weight, 0), logits);
             }
@@ -197,6 +211,7 @@ impl Back for HeadBack {
                 dh[row as usize * d..][..d].copy_from_slice(grad);
             }
             gemm(vocab, d, n, Mat::transposed(logits, vocab), Mat::rows(&packed, d), &mut dw, d, index > 0);
+            buffer = Some(all);
         }
         grads.add(self.h.id(), Tensor::f32(self.h.value.shape(), dh));
         let dw = Tensor::f32(self.weight.shape(), dw);
@@ -282,17 +297,28 @@ mod tests {
     fn kept_logits_and_repeated_ones_give_the_same_bits() {
         let (h, w) = (values(&[300, 5], 5), crate::testing::param(0, &values(&[9, 5], 6)));
         let targets: Arc<[u32]> = (0..300).map(|i| if i % 7 == 0 { NO_TARGET } else { i % 9 }).collect();
-        let run = |chunk_rows| {
+        // Rows whose gradient is zero are left out, so that a weight of zero for row 8 makes the pass compute logits again.
+        let run = |chunk_rows, zero: Option<usize>| {
             let mut tape = Tape::new();
             let h = tape.leaf(h.clone());
             let options = Options { chunk_rows, want_entropy: false };
             let (logp, _) = on_tape(&mut tape, &h, &w, &targets, options);
             let mut weights = crate::WeightGrads::default();
-            let mut grads = tape.backward(vec![(logp.id(), values(&[300], 7))], &mut weights);
+            let mut upstream = values(&[300], 7).as_f32().to_vec();
+            zero.into_iter().for_each(|row| upstream[row] = 0.0);
+            let mut grads = tape.backward(vec![(logp.id(), Tensor::f32(&[300], upstream))], &mut weights);
             let dh = grads.take(h.id()).expect("a gradient");
             (dh.into_f32(), weights.get(0).expect("a gradient").as_f32().to_vec())
         };
-        assert_eq!(run(128), run(1000));
+        let kept = run(128, None);
+        assert_eq!(kept, run(1000, None));
+        // Row 0 has no target: its gradient counts for nothing either way.
+        assert_eq!(kept, run(128, Some(0)));
+        let (dh, dw) = run(128, Some(8));
+        assert_eq!(dh[..40], kept.0[..40]);
+        assert!(dh[40..45].iter().all(|x| *x == 0.0));
+        assert_eq!((&dh[45..], dw.len()), (&kept.0[45..], kept.1.len()));
+        assert_ne!(dw, kept.1);
     }
 
     #[test]

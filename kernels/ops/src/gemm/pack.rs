@@ -9,6 +9,9 @@ use super::few::Elements;
 use super::{Mat, PANEL, transpose_panel};
 use crate::isa::Isa;
 
+/// Rows to fetch ahead where they lie too far apart for the processor to do it by itself.
+const AHEAD: usize = 16;
+
 /// The right operand of a product, `[k, n]`, in any encoding.
 pub(crate) trait Right: Sync {
     /// Whether it has `k` rows and `n` columns.
@@ -53,6 +56,8 @@ impl Right for Mat<'_> {
         if self.col_stride == 1 {
             for (k, out) in ks.zip(out.chunks_exact_mut(PANEL)) {
                 let start = k * self.row_stride + cols.start;
+                fetch(self.data, start + AHEAD * self.row_stride);
+                fetch(self.data, start + AHEAD * self.row_stride + PANEL / 2);
                 copy_padded::<PANEL>(&self.data[start..start + width], out);
             }
         } else if self.row_stride == 1 {
@@ -70,6 +75,21 @@ impl Right for Mat<'_> {
             }
         }
     }
+}
+
+/// Asks for the cache line of an element, if there is one.
+#[inline(always)]
+fn fetch(data: &[f32], at: usize) {
+    #[cfg(target_arch = "x86_64")]
+    if let Some(element) = data.get(at) {
+        // SAFETY: the element exists; a prefetch changes nothing.
+        #[allow(unsafe_code)]
+        unsafe {
+            std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(std::ptr::from_ref(element).cast());
+        }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (data, at);
 }
 
 /// Copies `from`, at most `N` elements, and zeros after it. A full run is a few vector moves, not a call.
@@ -95,16 +115,26 @@ pub(super) fn left(a: Mat<'_>, rows: Range<usize>, ks: Range<usize>, (step, grou
 }
 
 fn left_by<const STEP: usize>(a: Mat<'_>, rows: Range<usize>, ks: Range<usize>, group: usize, out: &mut [f32]) {
+    if a.row_stride == 1 {
+        // A row of the transpose at a time, since its parts share cache lines.
+        for (i, k) in ks.enumerate() {
+            let start = k * a.col_stride;
+            let from = &a.data[start + rows.start..start + rows.end];
+            for line in (0..from.len()).step_by(PANEL / 2) {
+                fetch(a.data, start + rows.start + line + AHEAD * a.col_stride);
+            }
+            for (from, out) in from.chunks(STEP).zip(out.chunks_mut(group)) {
+                copy_padded::<STEP>(from, &mut out[i * STEP..]);
+            }
+        }
+        return;
+    }
     for (first, out) in rows.clone().step_by(STEP).zip(out.chunks_mut(group)) {
         let width = STEP.min(rows.end - first);
         for (k, out) in ks.clone().zip(out.chunks_exact_mut(STEP)) {
             let start = first * a.row_stride + k * a.col_stride;
-            if a.row_stride == 1 {
-                copy_padded::<STEP>(&a.data[start..start + width], out);
-            } else {
-                for (i, out) in out.iter_mut().enumerate() {
-                    *out = if i < width { a.data[start + i * a.row_stride] } else { 0.0 };
-                }
+            for (i, out) in out.iter_mut().enumerate() {
+                *out = if i < width { a.data[start + i * a.row_stride] } else { 0.0 };
             }
         }
     }

@@ -5,7 +5,7 @@
 use std::ops::Range;
 
 use super::{Layout, Weight};
-use crate::gemm::{Elements, PANEL, Right, transpose_panel};
+use crate::gemm::{Elements, Mat, PANEL, Right, transpose_panel};
 use crate::isa::Isa;
 use crate::{DType, scratch};
 
@@ -104,6 +104,9 @@ impl Right for Operand<'_> {
                     }
                     transpose_panel(isa, rows, len, cols.len(), len, out);
                 });
+            }
+            (Layout::Rows, false) if weight.elements.dtype() == DType::F32 => {
+                Mat::rows(&weight.elements.as_f32()[(matrix * n + self.first) * k..], k).pack(isa, ks, cols, out);
             }
             (Layout::Rows, false) => {
                 for (row, out) in ks.zip(out.chunks_exact_mut(PANEL)) {
