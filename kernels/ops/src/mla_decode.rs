@@ -12,6 +12,7 @@
 mod page;
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use half::bf16;
 
@@ -22,8 +23,8 @@ use page::HEADS_BLOCK;
 
 use crate::bfloat::widen;
 use crate::memory::buffer;
+use crate::panels::Panels;
 use crate::vector::{collect, for_row_chunks};
-use crate::weight::Operand;
 use crate::{Tensor, Weight, scratch};
 
 /// Query rows a thread multiplies at a time.
@@ -56,30 +57,35 @@ pub struct CacheRows<'a> {
     pub len: usize,
 }
 
-/// kv_b for absorbed attention, in its own encoding: products decode it as they read it.
+/// kv_b for absorbed attention, decoded once: it is small beside what a step reads, and every step reads all of it.
 #[derive(Clone, Debug)]
 pub struct Absorbed {
-    /// `[heads · (dn + dv), rank]`, in the row layout.
-    kv_b: Weight,
+    /// W_UK of all heads, `[heads · dn, rank]`.
+    keys: Tensor,
+    /// W_UVᵀ of every head, `[rank, dv]`.
+    values: Arc<[Panels]>,
     heads: usize,
     dn: usize,
     dv: usize,
 }
 
 impl Absorbed {
-    /// Shares `kv_b`; copies it when it is prepacked.
+    /// Decodes `kv_b` `[heads · (dn + dv), rank]` to F32.
     ///
     /// # Panics
     /// When its rows are not `heads · (dn + dv)`.
     pub fn new(kv_b: &Weight, heads: usize, dn: usize, dv: usize) -> Self {
-        let kv_b = kv_b.in_rows();
         assert_eq!(kv_b.outputs(), heads * (dn + dv), "kv_b {:?} for {heads} heads of {dn} + {dv}", kv_b.shape());
-        Self { kv_b, heads, dn, dv }
+        let (rank, decoded) = (kv_b.inputs(), kv_b.dequantize());
+        let of_head = decoded.as_f32().chunks_exact(((dn + dv) * rank).max(1));
+        let keys = of_head.clone().flat_map(|rows| &rows[..dn * rank]).copied().collect();
+        let values = of_head.map(|rows| Panels::new(Mat::transposed(&rows[dn * rank..], rank), rank, dv)).collect();
+        Self { keys: Tensor::f32(&[heads * dn, rank], keys), values, heads, dn, dv }
     }
 
     /// Width of a latent.
     pub fn rank(&self) -> usize {
-        self.kv_b.inputs()
+        self.keys.cols()
     }
 
     /// Absorbs W_UK into queries: `[rows, heads, dn + dr]` to `[rows, heads, rank + dr]`; the rotary part is copied.
@@ -106,8 +112,7 @@ impl Absorbed {
         let m = out.len() / (count * out_width);
         for (i, head) in run.clone().enumerate() {
             let a = Mat::rows(&q[head * width..], heads * width);
-            let keys = head * (dn + self.dv);
-            let b = &Operand::run(&self.kv_b, keys..keys + dn, false);
+            let b = &Mat::rows(&self.keys.as_f32()[head * dn * rank..][..dn * rank], rank);
             let (c, c_stride) = (&mut out[i * out_width..], count * out_width);
             run_serial(Product { m, n: rank, k: dn, a, b, c, c_stride, accumulate: false });
         }
@@ -139,8 +144,7 @@ impl Absorbed {
         let m = out.len() / (count * dv);
         for (i, head) in run.enumerate() {
             let a = Mat::rows(&o[i * rank..], count * rank);
-            let values = head * (self.dn + dv) + self.dn;
-            let b = &Operand::run(&self.kv_b, values..values + dv, true);
+            let b = &self.values[head];
             let (c, c_stride) = (&mut out[i * dv..], count * dv);
             run_serial(Product { m, n: dv, k: rank, a, b, c, c_stride, accumulate: false });
         }

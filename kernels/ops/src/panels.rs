@@ -10,6 +10,7 @@ use crate::isa::Isa;
 use crate::vector::scratch;
 
 /// A packed `[k, n]` matrix. Products may use its first rows only.
+#[derive(Debug)]
 pub(crate) struct Panels {
     k: usize,
     n: usize,

@@ -1,6 +1,6 @@
-//! A weight, or a run of its outputs, as the right operand of a product; decoded panel by panel as it is packed.
+//! A weight as the right operand of a product; decoded panel by panel as it is packed.
 //!
-//! Invariant: which layout, and which run of outputs, changes no bit of a decoded element.
+//! Invariant: which layout changes no bit of a decoded element.
 
 use std::ops::Range;
 
@@ -9,15 +9,11 @@ use crate::gemm::{Elements, Mat, PANEL, Right, transpose_panel};
 use crate::isa::Isa;
 use crate::{DType, scratch};
 
-/// One matrix of a weight, or a run of its outputs, as the right operand of a product.
+/// One matrix of a weight as the right operand of a product.
 #[derive(Clone, Copy)]
 pub(crate) struct Operand<'a> {
     weight: &'a Weight,
     matrix: usize,
-    /// First output of the run; 0 in the panel layout.
-    first: usize,
-    /// Outputs in the run.
-    outputs: usize,
     /// k runs over inputs (y = x·wᵀ) or, in the input gradient, over outputs (dx = dy·w).
     transposed: bool,
 }
@@ -25,21 +21,12 @@ pub(crate) struct Operand<'a> {
 impl<'a> Operand<'a> {
     /// Matrix `matrix` transposed: k runs over its inputs.
     pub(crate) fn forward(weight: &'a Weight, matrix: usize) -> Self {
-        Self { weight, matrix, first: 0, outputs: weight.outputs(), transposed: true }
+        Self { weight, matrix, transposed: true }
     }
 
     /// Matrix `matrix` as it is: k runs over its outputs.
     pub(crate) fn backward(weight: &'a Weight, matrix: usize) -> Self {
-        Self { weight, matrix, first: 0, outputs: weight.outputs(), transposed: false }
-    }
-
-    /// Outputs `run` of a matrix in row layout; k runs over inputs when `transposed`, else over the run.
-    ///
-    /// # Panics
-    /// When the weight is laid out otherwise or has fewer outputs.
-    pub(crate) fn run(weight: &'a Weight, run: Range<usize>, transposed: bool) -> Self {
-        assert!(weight.layout == Layout::Rows && run.end <= weight.outputs(), "outputs {run:?} of {:?}", weight.shape);
-        Self { weight, matrix: 0, first: run.start, outputs: run.len(), transposed }
+        Self { weight, matrix, transposed: false }
     }
 
     /// Panel layout against its grain: k over outputs.
@@ -56,7 +43,7 @@ impl<'a> Operand<'a> {
 
 impl Right for Operand<'_> {
     fn holds(&self, k: usize, n: usize) -> bool {
-        let (outputs, inputs) = (self.outputs, self.weight.inputs());
+        let (outputs, inputs) = (self.weight.outputs(), self.weight.inputs());
         self.matrix < self.weight.count()
             && (k, n) == if self.transposed { (inputs, outputs) } else { (outputs, inputs) }
     }
@@ -78,7 +65,7 @@ impl Right for Operand<'_> {
             }
             // Rows that several blocks of A read are better packed: far-apart rows collide in the first-level cache.
             (Layout::Rows, false) if once && cols.len() == PANEL => {
-                let start = (self.matrix * weight.outputs() + self.first + ks.start) * k + cols.start;
+                let start = (self.matrix * weight.outputs() + ks.start) * k + cols.start;
                 Some((&weight.elements.as_f32()[start..start + (ks.len() - 1) * k + PANEL], k))
             }
             _ => None,
@@ -92,7 +79,7 @@ impl Right for Operand<'_> {
             (Layout::Panels, true) => weight.decode_panel(isa, matrix, cols.start, ks, out),
             (Layout::Panels, false) => self.pack_across(isa, ks, cols, out),
             (Layout::Rows, true) => {
-                let (first, len) = (self.first + cols.start, ks.len());
+                let (first, len) = (cols.start, ks.len());
                 let start = (matrix * n + first) * k + ks.start;
                 if weight.elements.dtype() == DType::F32 {
                     let source = &weight.elements.as_f32()[start..];
@@ -106,11 +93,10 @@ impl Right for Operand<'_> {
                 });
             }
             (Layout::Rows, false) if weight.elements.dtype() == DType::F32 => {
-                Mat::rows(&weight.elements.as_f32()[(matrix * n + self.first) * k..], k).pack(isa, ks, cols, out);
+                Mat::rows(&weight.elements.as_f32()[matrix * n * k..], k).pack(isa, ks, cols, out);
             }
             (Layout::Rows, false) => {
                 for (row, out) in ks.zip(out.chunks_exact_mut(PANEL)) {
-                    let row = self.first + row;
                     let at = (matrix * n + row) * k + cols.start;
                     let (here, rest) = out.split_at_mut(cols.len());
                     weight.decode(isa, matrix, row, cols.start, at, here);
