@@ -1,5 +1,6 @@
 //! `dsv3-pipeline bench WORK --config NAME`: speed of training, decoding or prefill on this machine, beside what the machine
-//! reaches in one large product and in reading memory, both measured in the same run, before and after the work.
+//! reaches in one large product and in reading memory, both measured in the same run, before and after the work; for decoding
+//! memory is also read after every step, and those reads are what its fraction is of.
 //!
 //! Weights and tokens are random from a fixed seed. The figure is the median over the measured steps; model FLOPs are those
 //! of `dsv3_estimate::flops`, so the fraction can be checked by hand: FLOPs a token · tokens/s / ceiling.
@@ -117,6 +118,8 @@ struct Report {
     bandwidth_gb_per_second: f64,
     read_gb_per_second: f64,
     copy_gb_per_second: f64,
+    /// Median of the reads between the measured steps, which a fraction of memory is of; decoding alone.
+    read_between_steps_gb_per_second: Option<f64>,
     /// What a step must read at least: weights it touches and the latent cache; decoding alone.
     bytes_per_step: Option<f64>,
     /// Which ceiling the fraction is of: `compute` or `memory`.
@@ -155,12 +158,17 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
     };
     let before = (ceiling::products(), ceiling::memory());
     let peak = peak::Peak::begin();
+    let mut own_bytes = 0;
     let measured = match args.work {
         Work::Train => work::train(&named, &setup)?,
-        Work::Decode => work::decode(&named, &setup)?,
+        Work::Decode => {
+            let reader = ceiling::Reader::new();
+            own_bytes = reader.bytes() as u64;
+            work::decode(&named, &setup, &reader)?
+        }
         Work::Prefill => work::prefill(&named, &setup)?,
     };
-    let peak_bytes = peak.end();
+    let peak_bytes = peak.end().map(|bytes| bytes.saturating_sub(own_bytes));
     dsv3_ops::return_freed_memory();
     let machine = (before.0.max(ceiling::products()), before.1.max(ceiling::memory()));
     let report = report(args, &named, &setup, &measured, machine, peak_bytes);
@@ -190,7 +198,8 @@ fn report(
     let rate = measured.tokens_per_step as f64 / seconds;
     let (ceiling_gflops, bandwidth) = (products.ceiling(), memory.bandwidth());
     let compute_seconds = per_token * measured.tokens_per_step as f64 / (ceiling_gflops * 1e9);
-    let memory_seconds = measured.bytes_per_step.map_or(0.0, |bytes| bytes / (bandwidth * 1e9));
+    let between = Some(work::median(&measured.reads)).filter(|read| read.is_finite());
+    let memory_seconds = measured.bytes_per_step.map_or(0.0, |bytes| bytes / (between.unwrap_or(bandwidth) * 1e9));
     Report {
         work: args.work,
         config: args.config.clone(),
@@ -216,6 +225,7 @@ fn report(
         bandwidth_gb_per_second: bandwidth,
         read_gb_per_second: memory.read,
         copy_gb_per_second: memory.copy,
+        read_between_steps_gb_per_second: between,
         bytes_per_step: measured.bytes_per_step,
         bound: if memory_seconds > compute_seconds { "memory" } else { "compute" },
         fraction: compute_seconds.max(memory_seconds) / seconds,
@@ -251,6 +261,8 @@ fn show(report: &Report) {
         ("tokens/s", format!("{:.1}", report.tokens_per_second)),
         ("model GFLOP/s", format!("{:.1}", report.gflops)),
     ];
+    let between = report.read_between_steps_gb_per_second;
+    lines.extend(between.map(|read| ("memory, read between steps", format!("{read:.1} GB/s"))));
     lines.extend(report.bytes_per_step.map(|read| ("least bytes a step", bytes(read))));
     lines.push(("fraction of the ceiling", format!("{:.3} ({})", report.fraction, report.bound)));
     lines.extend(report.peak_bytes.map(|peak| ("peak memory", bytes(peak as f64))));

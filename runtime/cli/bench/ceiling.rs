@@ -124,16 +124,42 @@ fn gemm_product(n: usize, a: &[f32], b: &[f32], c: &mut [f32]) {
     }
 }
 
+/// Reads between steps: on a virtual machine the bandwidth changes from one second to the next, so that a step is
+/// compared with the reads beside it.
+pub(super) struct Reader(Vec<u64>);
+
+impl Reader {
+    pub(super) fn new() -> Self {
+        // Not zeros: those would be one page of the kernel's.
+        Self((0..BUFFER_ELEMENTS).into_par_iter().map(|i| i as u64).collect())
+    }
+
+    /// Memory it holds.
+    pub(super) fn bytes(&self) -> usize {
+        size_of_val(self.0.as_slice())
+    }
+
+    fn read(&self) {
+        let chunks = self.0.par_chunks(CHUNK_ELEMENTS);
+        let sums = chunks.map(|chunk| chunk.iter().fold(0_u64, |sum, x| sum.wrapping_add(*x)));
+        black_box(sums.reduce(|| 0, u64::wrapping_add));
+    }
+
+    /// One read of all of it on the threads of the pool, GB/s.
+    pub(super) fn pass(&self) -> f64 {
+        let started = Instant::now();
+        self.read();
+        self.bytes() as f64 / started.elapsed().as_secs_f64() * 1e-9
+    }
+}
+
 /// Bandwidths on the threads of the pool.
 pub(super) fn memory() -> Memory {
-    // Not zeros: those would be one page of the kernel's.
-    let from: Vec<u64> = (0..BUFFER_ELEMENTS).into_par_iter().map(|i| i as u64).collect();
+    let reader = Reader::new();
+    let from = &reader.0;
     let mut to = from.clone();
-    let bytes = (BUFFER_ELEMENTS * size_of::<u64>()) as f64;
-    let read = best(|| {
-        let sums = from.par_chunks(CHUNK_ELEMENTS).map(|chunk| chunk.iter().fold(0_u64, |sum, x| sum.wrapping_add(*x)));
-        black_box(sums.reduce(|| 0, u64::wrapping_add));
-    });
+    let bytes = reader.bytes() as f64;
+    let read = best(|| reader.read());
     let copy = best(|| {
         let pairs = to.par_chunks_mut(CHUNK_ELEMENTS).zip(from.par_chunks(CHUNK_ELEMENTS));
         pairs.for_each(|(to, from)| to.copy_from_slice(from));

@@ -14,6 +14,8 @@ use dsv3_model::{Batch, LatentCache, Model, ModelConfig, PAGE_TOKENS, weight_nam
 use dsv3_ops::Precision;
 use dsv3_train::{MicroBatch, Rates, Trainer, TrainerConfig};
 
+use super::ceiling::Reader;
+
 /// Of weights and tokens.
 const SEED: u64 = 1;
 /// Rows whose logits exist at one time in training, as in the recipes.
@@ -44,14 +46,22 @@ pub(super) struct Measured {
     pub(super) seconds: Vec<f64>,
     /// Least that a step of decoding reads.
     pub(super) bytes_per_step: Option<f64>,
+    /// GB/s of a large read after each measured step of decoding, in order.
+    pub(super) reads: Vec<f64>,
+}
+
+/// Middle of some figures; of an even number the mean of the middle two, of none not a number.
+pub(super) fn median(figures: &[f64]) -> f64 {
+    let mut sorted = figures.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let middle = sorted.get(sorted.len().saturating_sub(1) / 2).zip(sorted.get(sorted.len() / 2));
+    middle.map_or(f64::NAN, |(low, high)| (low + high) / 2.0)
 }
 
 impl Measured {
-    /// Middle of the steps' times; of an even number the mean of the middle two.
+    /// Middle of the steps' times.
     pub(super) fn median(&self) -> f64 {
-        let mut sorted = self.seconds.clone();
-        sorted.sort_by(f64::total_cmp);
-        (sorted[(sorted.len() - 1) / 2] + sorted[sorted.len() / 2]) / 2.0
+        median(&self.seconds)
     }
 
     /// Shortest of the steps' times.
@@ -108,7 +118,7 @@ pub(super) fn train(named: &Named, setup: &Setup) -> Result<Measured, Error> {
         let seconds = started.elapsed().as_secs_f64();
         if metrics.update.applied { Ok(seconds) } else { Err(Error::internal("a measured step is not finite")) }
     })?;
-    Ok(Measured { tokens_per_step: setup.batch * setup.context, seconds, bytes_per_step: None })
+    Ok(Measured { tokens_per_step: setup.batch * setup.context, seconds, bytes_per_step: None, reads: Vec::new() })
 }
 
 /// A scheduler's limits for `batch` sequences of `positions` tokens.
@@ -118,7 +128,7 @@ fn options(setup: &Setup, positions: usize, prefill_tokens: usize) -> Options {
 }
 
 /// One token a sequence and step, after prompts that were read beforehand.
-pub(super) fn decode(named: &Named, setup: &Setup) -> Result<Measured, Error> {
+pub(super) fn decode(named: &Named, setup: &Setup, reader: &Reader) -> Result<Measured, Error> {
     let new = setup.warmup + setup.steps + 1;
     let positions = setup.context + new;
     let config = config_for(named, positions);
@@ -131,11 +141,15 @@ pub(super) fn decode(named: &Named, setup: &Setup) -> Result<Measured, Error> {
     // The prompts, and the first token of each.
     scheduler.step(&mut |_, _| true)?;
     let before = scheduler.counters();
+    let mut reads = Vec::new();
     let seconds = repeat(setup, || {
         let before = scheduler.counters().generated_tokens;
         let started = Instant::now();
         scheduler.step(&mut |_, _| true)?;
         let seconds = started.elapsed().as_secs_f64();
+        if setup.perf_control.is_none() {
+            reads.push(reader.pass());
+        }
         let made = scheduler.counters().generated_tokens - before;
         if made == setup.batch as u64 {
             Ok(seconds)
@@ -145,7 +159,9 @@ pub(super) fn decode(named: &Named, setup: &Setup) -> Result<Measured, Error> {
     })?;
     let after = scheduler.counters();
     let experts = (after.experts_read - before.experts_read) as f64 / (after.steps - before.steps).max(1) as f64;
-    Ok(Measured { tokens_per_step: setup.batch, seconds, bytes_per_step: Some(bytes_read(&model, setup, experts)) })
+    reads.drain(..setup.warmup.min(reads.len()));
+    let bytes_per_step = Some(bytes_read(&model, setup, experts));
+    Ok(Measured { tokens_per_step: setup.batch, seconds, bytes_per_step, reads })
 }
 
 /// Prompts up to their first token, new ones at every step.
@@ -165,7 +181,7 @@ pub(super) fn prefill(named: &Named, setup: &Setup) -> Result<Measured, Error> {
         }
         Ok(started.elapsed().as_secs_f64())
     })?;
-    Ok(Measured { tokens_per_step: setup.batch * setup.context, seconds, bytes_per_step: None })
+    Ok(Measured { tokens_per_step: setup.batch * setup.context, seconds, bytes_per_step: None, reads: Vec::new() })
 }
 
 fn frozen(config: &ModelConfig, setup: &Setup) -> Result<Model, Error> {
@@ -196,8 +212,7 @@ mod tests {
 
     #[test]
     fn median_is_the_middle() {
-        let of =
-            |seconds: &[f64]| Measured { tokens_per_step: 1, seconds: seconds.to_vec(), bytes_per_step: None }.median();
-        assert_eq!((of(&[3.0]), of(&[5.0, 1.0, 2.0]), of(&[4.0, 1.0, 2.0, 9.0])), (3.0, 2.0, 3.0));
+        assert_eq!((median(&[3.0]), median(&[5.0, 1.0, 2.0]), median(&[4.0, 1.0, 2.0, 9.0])), (3.0, 2.0, 3.0));
+        assert!(median(&[]).is_nan());
     }
 }
