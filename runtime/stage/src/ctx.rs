@@ -55,6 +55,10 @@ pub struct CtxParts {
     pub scratch: PathBuf,
     /// Whether a server should keep running until it is cancelled.
     pub stay: bool,
+    /// Number of the checkpoint to go on from; the newest when absent.
+    pub at: Option<u64>,
+    /// Whether a training stage publishes its checkpoint as it is, without another step.
+    pub as_it_is: bool,
 }
 
 /// What a stage is handed.
@@ -95,7 +99,8 @@ impl Ctx {
             parts.epoch,
             &parts.stage,
             parts.events.clone(),
-        );
+        )
+        .at(parts.at);
         Self { parts, blobs, checkpoints, closing: Mutex::default(), names: Names::default(), _own: None }
     }
 
@@ -134,6 +139,8 @@ impl Ctx {
             clock: Arc::new(SystemClock::default()),
             scratch: scratch.clone(),
             stay: false,
+            at: None,
+            as_it_is: false,
         };
         Self { _own: Some((runtime, ScratchFolder(scratch))), ..Self::new(parts) }
     }
@@ -239,6 +246,11 @@ impl Ctx {
     /// Whether a server should keep running until it is cancelled.
     pub fn stay(&self) -> bool {
         self.parts.stay
+    }
+
+    /// Whether a training stage publishes its checkpoint as it is, without another step.
+    pub fn as_it_is(&self) -> bool {
+        self.parts.as_it_is
     }
 
     /// Reports how far the stage is, in `unit` (`steps`, `documents`).

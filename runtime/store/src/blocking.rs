@@ -4,23 +4,19 @@
 use std::{
     fs,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, PoisonError},
+    sync::Arc,
 };
 
 use bytes::Bytes;
-use dsv3_core::{Artifact, Digest, Event, Events, FileEntry, Kind, Level, Manifest};
-use futures::{StreamExt, TryStreamExt};
-use serde_json::Value;
+use dsv3_core::{Artifact, Digest, FileEntry, Kind, Manifest};
 use tokio::runtime::Handle;
 
+pub use crate::saver::{Checkpoints, Save};
 use crate::{
-    Checkpoint, Sources, Store,
+    Sources, Store,
     blobs::{blob_path, check_path, hash_file, source_path},
     error::{Result, StoreError},
 };
-
-/// Files stored at the same time by one checkpoint.
-const PARALLEL_PUTS: usize = 4;
 
 /// Artifacts and their files.
 #[derive(Clone, Debug)]
@@ -135,84 +131,5 @@ impl Blobs {
             }
             self.store.put_manifest(manifest).await
         })
-    }
-}
-
-/// The checkpoints of one stage under one lease.
-#[derive(Debug)]
-pub struct Checkpoints {
-    store: Store,
-    runtime: Handle,
-    key: String,
-    epoch: u64,
-    stage: String,
-    events: Events,
-    /// Number of the last record; none before the first look.
-    last_seq: Mutex<Option<u64>>,
-}
-
-impl Checkpoints {
-    /// Checkpoints of the stage key `key`, written under the lease `epoch`; `stage` names it in events.
-    pub fn new(store: Store, runtime: Handle, key: &str, epoch: u64, stage: &str, events: Events) -> Self {
-        let (key, stage) = (key.to_owned(), stage.to_owned());
-        Self { store, runtime, key, epoch, stage, events, last_seq: Mutex::new(None) }
-    }
-
-    /// The newest valid checkpoint. Damaged newer ones are named in a warning event and skipped.
-    pub fn latest(&self) -> Result<Option<Checkpoint>> {
-        let found = self.runtime.block_on(self.store.find_checkpoint(&self.key))?;
-        for error in &found.damaged {
-            let message = format!("skipping a checkpoint: {error}");
-            self.events.emit(Event::Log { stage: self.stage.clone(), level: Level::Warn, message });
-        }
-        self.last_seq.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(found.last_seq);
-        Ok(found.checkpoint)
-    }
-
-    /// Stores `files` and commits a checkpoint; durable when this returns its number.
-    ///
-    /// # Errors
-    /// [`StoreError::Fenced`] or [`StoreError::Taken`] when another process has taken over the stage.
-    pub fn save(&self, step: u64, files: Vec<(String, Vec<u8>)>, state: Value) -> Result<u64> {
-        // A holder that was replaced stores nothing more; it need not find out after gigabytes.
-        self.runtime.block_on(self.store.check_lease(&self.key, self.epoch))?;
-        let stored = self.runtime.block_on(
-            futures::stream::iter(files)
-                .map(async |(path, bytes)| {
-                    let length = bytes.len() as u64;
-                    let digest = self.store.put_blob(Bytes::from(bytes)).await?;
-                    Ok::<_, StoreError>(FileEntry { path, digest, bytes: length })
-                })
-                .buffered(PARALLEL_PUTS)
-                .try_collect::<Vec<_>>(),
-        )?;
-        self.save_entries(step, stored, state)
-    }
-
-    /// Commits a checkpoint whose files are stored already.
-    ///
-    /// # Errors
-    /// As [`Self::save`].
-    pub fn save_entries(&self, step: u64, files: Vec<FileEntry>, state: Value) -> Result<u64> {
-        let mut last_seq = self.last_seq.lock().unwrap_or_else(PoisonError::into_inner);
-        let last = match *last_seq {
-            Some(last) => last,
-            None => self.runtime.block_on(self.store.checkpoint_seqs(&self.key))?.last().copied().unwrap_or(0),
-        };
-        let checkpoint = Checkpoint { seq: last + 1, step, state, files };
-        self.runtime.block_on(self.store.commit_checkpoint(&self.key, self.epoch, &checkpoint))?;
-        *last_seq = Some(checkpoint.seq);
-        self.events.emit(Event::Checkpoint { stage: self.stage.clone(), seq: checkpoint.seq, step });
-        Ok(checkpoint.seq)
-    }
-
-    /// The content of a checkpoint's file, verified.
-    pub fn read(&self, entry: &FileEntry) -> Result<Bytes> {
-        self.runtime.block_on(self.store.get_blob(entry.digest))
-    }
-
-    /// Number of the last record this handle knows of; 0 before the first.
-    pub fn last_seq(&self) -> u64 {
-        self.last_seq.lock().unwrap_or_else(PoisonError::into_inner).unwrap_or(0)
     }
 }

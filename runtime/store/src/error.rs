@@ -70,6 +70,30 @@ pub enum StoreError {
         /// How it shows.
         problem: String,
     },
+    /// A record of a newer build.
+    #[error(
+        "{path} is of format {format}, written by {}; this build ({}) reads up to {newest}",
+        build.as_ref().map_or_else(|| "a newer dsv3-pipeline".to_owned(), |build| format!("dsv3-pipeline {build}")),
+        env!("CARGO_PKG_VERSION")
+    )]
+    Newer {
+        /// Which object.
+        path: String,
+        /// Its format.
+        format: u64,
+        /// The newest that this build reads.
+        newest: u64,
+        /// Version of the program that wrote it, if it says.
+        build: Option<String>,
+    },
+    /// A checkpoint whose slices do not tile its tensors was to be written.
+    #[error("the checkpoint of step {step} is not whole: {problem}")]
+    Table {
+        /// Step of the checkpoint.
+        step: u64,
+        /// What is wrong with its table.
+        problem: String,
+    },
     /// A file outside the store is gone.
     #[error("input file {path} does not exist any more")]
     SourceMissing {
@@ -168,6 +192,7 @@ impl StoreError {
             Self::Url { .. } | Self::Unconditional { .. } => ErrorKind::Invalid,
             Self::Missing { .. }
             | Self::Damaged { .. }
+            | Self::Newer { .. }
             | Self::SourceChanged { .. }
             | Self::Kind { .. }
             | Self::NoSuchFile { .. } => ErrorKind::Data,
@@ -177,7 +202,9 @@ impl StoreError {
             Self::Cancelled { .. } | Self::Taken { .. } | Self::Held { .. } | Self::Fenced { .. } => {
                 ErrorKind::Cancelled
             }
-            Self::BadPath { .. } | Self::Encode { .. } | Self::Task { .. } => ErrorKind::Internal,
+            Self::BadPath { .. } | Self::Encode { .. } | Self::Table { .. } | Self::Task { .. } => {
+                ErrorKind::Internal
+            }
         }
     }
 
@@ -189,6 +216,10 @@ impl StoreError {
                  at the same time, write `store: { url: .., conditional_create: single_writer }`"
             }
             Self::Missing { .. } => "restore the file, or run again without --from or --only so that it is made anew",
+            Self::Newer { .. } => {
+                "use that version of dsv3-pipeline, or a newer one; nothing was changed, and every format up to its own is \
+                 read by each version"
+            }
             Self::Damaged { .. } => "delete the damaged object and run again: what made it is made anew",
             Self::SourceMissing { .. } => "restore the file and run again; what was finished stays finished",
             Self::SourceChanged { .. } => "run the pipeline again: a new plan takes the new content",

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! blobs/<digest>                        content, immutable, named by its BLAKE3 digest
-//! stages/<key>/checkpoints/<seq>.json   a checkpoint or a fence
+//! stages/<key>/checkpoints/<seq>.json   a checkpoint, a fence or a rewind
 //! stages/<key>/leases/<epoch>.json      who runs the stage; <epoch>.beat its heartbeat, <epoch>.end its release
 //! stages/<key>/result.json              the finished stage
 //! runs/<id>/plan.json                   the resolved plan; status/<n>.json, events/<segment>.jsonl
@@ -26,17 +26,20 @@ mod lease;
 mod local;
 mod object;
 mod options;
+mod overlay;
 mod probe;
 mod record;
 mod result;
 mod retry;
 mod runs;
+mod saver;
+mod shards;
 #[cfg(test)]
 mod tests;
 mod transfer;
 
 pub use blobs::Sources;
-pub use checkpoints::{Checkpoint, FoundCheckpoint};
+pub use checkpoints::{Checkpoint, CheckpointRecord, FoundCheckpoint};
 pub use connect::check_options;
 pub use error::{Result, StoreError};
 pub use host::{Holder, nonce};
@@ -46,3 +49,4 @@ pub use options::{ConditionalCreate, StoreOptions};
 pub use probe::CreateMode;
 pub use result::{OutputEntry, StageResult};
 pub use runs::{EventLog, RunStatus, parse_events};
+pub use shards::{TensorEntry, TensorRole, TensorSlice, TensorType, rows_of_rank};

@@ -1,7 +1,7 @@
 //! What a run is handed by its stage: events, a clock, a way to be stopped, and a place for checkpoints.
 
 use dsv3_core::{Cancel, Clock, Event, Events, Level};
-use dsv3_store::Checkpoint;
+use dsv3_store::{Checkpoint, blocking::Save};
 
 use crate::{
     checkpoint::Snapshot,
@@ -28,6 +28,30 @@ pub trait CheckpointStore {
     /// # Errors
     /// When the store refuses, or another process has taken over.
     fn save(&self, snapshot: Snapshot) -> Result<(), dsv3_core::Error>;
+
+    /// Takes a snapshot that is to be committed while the run goes on; waits for the one before it.
+    ///
+    /// # Errors
+    /// Those of the one before it.
+    fn start(&self, snapshot: Snapshot) -> Result<(), dsv3_core::Error> {
+        self.save(snapshot)
+    }
+
+    /// Tells the error of a commit that has failed meanwhile; never waits.
+    ///
+    /// # Errors
+    /// As [`Self::save`].
+    fn poll(&self) -> Result<(), dsv3_core::Error> {
+        Ok(())
+    }
+
+    /// Waits until everything that was started is durable.
+    ///
+    /// # Errors
+    /// As [`Self::save`].
+    fn finish(&self) -> Result<(), dsv3_core::Error> {
+        Ok(())
+    }
 }
 
 impl CheckpointStore for dsv3_store::blocking::Checkpoints {
@@ -43,8 +67,22 @@ impl CheckpointStore for dsv3_store::blocking::Checkpoints {
     }
 
     fn save(&self, snapshot: Snapshot) -> Result<(), dsv3_core::Error> {
-        Self::save(self, snapshot.step, snapshot.files, snapshot.state)?;
-        Ok(())
+        CheckpointStore::start(self, snapshot)?;
+        Ok(Self::finish(self)?)
+    }
+
+    fn start(&self, snapshot: Snapshot) -> Result<(), dsv3_core::Error> {
+        let Snapshot { step, files, tensors, state } = snapshot;
+        let files = files.into_iter().map(|(path, bytes)| (path, bytes.into())).collect();
+        Ok(Self::start(self, Save { step, files, tensors, state })?)
+    }
+
+    fn poll(&self) -> Result<(), dsv3_core::Error> {
+        Ok(Self::poll(self)?)
+    }
+
+    fn finish(&self) -> Result<(), dsv3_core::Error> {
+        Ok(Self::finish(self)?)
     }
 }
 
@@ -61,6 +99,8 @@ pub struct TrainHost<'a> {
     pub clock: &'a dyn Clock,
     /// Checkpoints of the stage.
     pub checkpoints: &'a dyn CheckpointStore,
+    /// The newest checkpoint is the end: no step is taken, so that the stage publishes it as it is.
+    pub as_it_is: bool,
 }
 
 impl TrainHost<'_> {
@@ -85,10 +125,30 @@ impl TrainHost<'_> {
 
     /// Puts a checkpoint's content in place of the trainer's.
     pub(crate) fn restore(&self, trainer: &mut Trainer, checkpoint: &Checkpoint) -> Result<()> {
-        trainer.restore(&checkpoint.state, |name| self.checkpoints.read(checkpoint, name))
+        trainer.restore(&checkpoint.state, &checkpoint.tensors, |name| self.checkpoints.read(checkpoint, name))
     }
 
-    pub(crate) fn save(&self, trainer: &Trainer) -> Result<()> {
-        self.checkpoints.save(trainer.snapshot()?).map_err(|source| Error::Store { source })
+    /// Copies the trainer out and hands the copy over, to be committed while the run goes on. All the time this takes is
+    /// time that no step is taken in.
+    pub(crate) fn save(&self, trainer: &Trainer, ranks: usize) -> Result<()> {
+        let started = self.clock.monotonic();
+        // The copy before is gone when this one is made: at most one is held.
+        self.finish()?;
+        let snapshot = trainer.snapshot_for(ranks)?;
+        let step = snapshot.step;
+        self.checkpoints.start(snapshot).map_err(|source| Error::Store { source })?;
+        let stalled = self.clock.monotonic().saturating_sub(started);
+        self.metric("checkpoint_stall_seconds", step, stalled.as_secs_f64());
+        Ok(())
+    }
+
+    /// The error of a save that has failed meanwhile.
+    pub(crate) fn poll(&self) -> Result<()> {
+        self.checkpoints.poll().map_err(|source| Error::Store { source })
+    }
+
+    /// Waits for the save in flight.
+    pub(crate) fn finish(&self) -> Result<()> {
+        self.checkpoints.finish().map_err(|source| Error::Store { source })
     }
 }

@@ -16,6 +16,7 @@ mod plan;
 pub mod router_bias;
 mod run;
 pub mod schedule;
+mod shards;
 mod supervised;
 mod trainer;
 

@@ -30,11 +30,14 @@ pub struct CheckpointEvery {
     pub steps: Option<u64>,
     /// Minutes between two.
     pub minutes: Option<f64>,
+    /// Shards in which a checkpoint is written, each with its slice of every tensor; any number of them is read back.
+    #[schemars(range(min = 1, max = 4096))]
+    pub shards: u32,
 }
 
 impl Default for CheckpointEvery {
     fn default() -> Self {
-        Self { steps: None, minutes: Some(5.0) }
+        Self { steps: None, minutes: Some(5.0), shards: 1 }
     }
 }
 
@@ -105,6 +108,8 @@ pub fn stored_phase(host: &TrainHost<'_>) -> Result<Option<u32>> {
 /// Trains until `options.horizon` or the end of the data, from the newest checkpoint if there is one of this phase.
 /// The trainer then holds the result; its state has the figures and the guard's records.
 ///
+/// Checkpoints are committed while the run goes on; whichever way it ends, it waits for the last of them.
+///
 /// # Errors
 /// [`Error::Cancelled`] after a checkpoint when the host asks to stop; otherwise whatever the step, the guard or the
 /// store reports.
@@ -114,8 +119,21 @@ pub fn run_training(
     host: &TrainHost<'_>,
     options: &RunOptions,
 ) -> Result<()> {
+    let ended = train(trainer, work, host, options);
+    let saved = host.finish();
+    match ended {
+        // A stop that left no checkpoint is no orderly stop.
+        Ok(()) | Err(Error::Cancelled) => saved.and(ended),
+        Err(error) => Err(error),
+    }
+}
+
+fn train(trainer: &mut Trainer, work: &mut dyn Work, host: &TrainHost<'_>, options: &RunOptions) -> Result<()> {
     let mut run = Run { host, options, saved_step: None, saved_at: host.clock.monotonic(), origin: None };
     run.resume(trainer)?;
+    if host.as_it_is {
+        return Ok(());
+    }
     if trainer.state.step == 0 {
         run.validate(trainer, work)?;
     }
@@ -131,6 +149,7 @@ pub fn run_training(
             run.save_unless_suspicious(trainer)?;
             return Err(Error::Cancelled);
         }
+        host.poll()?;
         let started = host.clock.monotonic();
         let report = match work.step(trainer, options.horizon) {
             // A step that stops half-way has changed nothing yet.
@@ -232,7 +251,7 @@ impl Run<'_> {
         // The checkpoint does not know of what was left out after it.
         let before = std::mem::take(&mut trainer.state.guard.records);
         match (&self.origin, self.saved_step) {
-            (Some(origin), None) => trainer.restore(&origin.state, |name| origin.read(name))?,
+            (Some(origin), None) => trainer.restore(&origin.state, &origin.tensors, |name| origin.read(name))?,
             _ => {
                 let checkpoint = self.host.latest()?.ok_or_else(|| {
                     let problem = "there is none to go back to";
@@ -273,14 +292,14 @@ impl Run<'_> {
         if trainer.state.guard.is_suspicious() {
             return false;
         }
-        let CheckpointEvery { steps, minutes } = self.options.checkpoint;
+        let CheckpointEvery { steps, minutes, .. } = self.options.checkpoint;
         let by_steps = steps.is_some_and(|every| trainer.state.step.is_multiple_of(every.max(1)));
         let waited = self.host.clock.monotonic().saturating_sub(self.saved_at).as_secs_f64();
         by_steps || minutes.is_some_and(|minutes| waited >= minutes * 60.0)
     }
 
     fn save(&mut self, trainer: &Trainer) -> Result<()> {
-        self.host.save(trainer)?;
+        self.host.save(trainer, self.options.checkpoint.shards as usize)?;
         self.saved_step = Some(trainer.state.step);
         self.saved_at = self.host.clock.monotonic();
         self.origin = None;

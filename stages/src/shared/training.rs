@@ -158,6 +158,7 @@ pub(crate) fn host(ctx: &Ctx) -> TrainHost<'_> {
         cancel: ctx.cancel(),
         clock: ctx.clock().as_ref(),
         checkpoints: ctx.checkpoints(),
+        as_it_is: ctx.as_it_is(),
     }
 }
 

@@ -51,7 +51,8 @@ impl CheckpointStore for Memory {
             bytes: bytes.len() as u64,
         };
         let files = snapshot.files.iter().map(entry).collect();
-        let checkpoint = dsv3_store::Checkpoint { seq: 1, step: snapshot.step, state: snapshot.state, files };
+        let Snapshot { step, state, tensors, .. } = snapshot;
+        let checkpoint = dsv3_store::Checkpoint { seq: 1, step, state, files, tensors };
         *self.0.borrow_mut() = Some((checkpoint, snapshot.files.into_iter().collect()));
         Ok(())
     }
@@ -121,9 +122,9 @@ fn run_with(config: RlConfig, scorer: &dyn Scorer, cancel: &Cancel, memory: &Mem
     let mut trainer = Trainer::new(start, TrainerConfig { adamw, ..TrainerConfig::default() }).unwrap();
     let events = Events::none();
     let clock = VirtualClock::default();
-    let host = TrainHost { stage: "rl", events: &events, cancel, clock: &clock, checkpoints: memory };
+    let host = TrainHost { stage: "rl", events: &events, cancel, clock: &clock, checkpoints: memory, as_it_is: false };
     let options = RunOptions {
-        checkpoint: CheckpointEvery { steps: Some(2), minutes: None },
+        checkpoint: CheckpointEvery { steps: Some(2), minutes: None, shards: 3 },
         guard: GuardConfig::finite_only(),
         ..RunOptions::new(Horizon::Steps(24))
     };

@@ -46,7 +46,7 @@ impl CheckpointStore for Memory {
         let seq = self.list.borrow().len() as u64 + 1;
         // The store keeps JSON text, so the state must survive it.
         let state = serde_json::from_str(&snapshot.state.to_string()).unwrap();
-        self.list.borrow_mut().push(Checkpoint { seq, step: snapshot.step, state, files });
+        self.list.borrow_mut().push(Checkpoint { seq, step: snapshot.step, state, files, tensors: snapshot.tensors });
         Ok(())
     }
 }
@@ -136,14 +136,14 @@ impl Bench {
         });
         let clock = VirtualClock::default();
         let host =
-            TrainHost { stage: "t", events: &events, cancel: &self.cancel, clock: &clock, checkpoints: &self.memory };
+            TrainHost { stage: "t", events: &events, cancel: &self.cancel, clock: &clock, checkpoints: &self.memory, as_it_is: false };
         run_training(trainer, work, &host, options)
     }
 }
 
 fn options(steps: u64) -> RunOptions {
     RunOptions {
-        checkpoint: CheckpointEvery { steps: Some(4), minutes: None },
+        checkpoint: CheckpointEvery { steps: Some(4), minutes: None, shards: 1 },
         validate_steps: Some(5),
         ..RunOptions::new(Horizon::Steps(steps))
     }
