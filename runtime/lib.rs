@@ -53,10 +53,10 @@ pub use dsv3_core::{
     GuardAction, GuardRecord, Kind, Level, Manifest, Outcome, SystemClock, VirtualClock, kinds,
 };
 pub use dsv3_engine::{
-    Attempt, Contrast, Diagnostic, Diagnostics, Engine, EngineBuilder, EngineError, Explanation, FigureRow, Floor,
-    HookLimits, InputRef, LoadOptions, Machine, Matrix, Plan, PlannedHook, PlannedInput, PlannedStage, Report,
-    ReportedRun, ReportedStage, RunOptions, RunReport, RunSummary, Selection, Spec, Spread, StageReport, StageState,
-    Standing, State, Variant,
+    At, Attempt, Contrast, Damage, Diagnostic, Diagnostics, Engine, EngineBuilder, EngineError, Explanation, Exported,
+    FigureRow, Floor, HookLimits, InputRef, LoadOptions, Machine, Matrix, Plan, PlannedHook, PlannedInput, PlannedStage,
+    Replay, Report, ReportedRun, ReportedStage, RunOptions, RunReport, RunSummary, Selection, Spec, Spread, StageReport,
+    StageState, Standing, State, Variant, Verification, VerifiedStage, VerifyOptions,
 };
 pub use dsv3_stage::{
     Ctx, Device, HookPort, InputFacts, NoPorts, OutputFacts, PortFacts, PortSpec, Ports, Problems, Stage, StageEntry,

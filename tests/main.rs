@@ -14,5 +14,6 @@ mod pipelines;
 mod proof;
 mod report;
 mod serve;
+mod stores;
 mod tidy;
 mod tiny;

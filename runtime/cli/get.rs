@@ -54,7 +54,8 @@ pub(crate) async fn run(args: Args) -> Result<(), Failure> {
     Ok(())
 }
 
-async fn write(store: &Store, manifest: &Manifest, folder: &Path) -> Result<(), Error> {
+/// Writes the files of an artifact into a new folder.
+pub(crate) async fn write(store: &Store, manifest: &Manifest, folder: &Path) -> Result<(), Error> {
     let failed = |path: &Path, error| Error::unavailable(format!("cannot write {}", path.display())).source(error);
     std::fs::create_dir_all(folder).map_err(|error| failed(folder, error))?;
     let mut entries = std::fs::read_dir(folder).map_err(|error| failed(folder, error))?;

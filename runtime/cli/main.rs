@@ -8,6 +8,7 @@ mod chaos;
 mod common;
 mod exec;
 mod explain;
+mod export;
 mod generate;
 mod get;
 mod inspect;
@@ -23,6 +24,7 @@ mod serve;
 mod signals;
 mod table;
 mod validate;
+mod verify;
 
 use std::process::ExitCode;
 
@@ -60,6 +62,10 @@ enum Command {
     Inspect(inspect::Args),
     /// Copy an artifact out of the store into a folder
     Get(get::Args),
+    /// Write a checkpoint of a training stage as a model folder
+    Export(export::Args),
+    /// Read everything a run names and compare every digest; do steps again and compare their bits
+    Verify(verify::Args),
     /// Print the JSON Schema of pipeline files
     Schema(schema::Args),
     /// Serve a model folder over an OpenAI-compatible HTTP API
@@ -131,6 +137,8 @@ impl Command {
             Self::Report(args) => report::run(args).await,
             Self::Inspect(args) => inspect::run(args).await,
             Self::Get(args) => get::run(args).await,
+            Self::Export(args) => export::run(args).await,
+            Self::Verify(args) => verify::run(args).await,
             Self::Schema(args) => schema::run(&args),
             Self::Serve(args) => Ok(serve::run(args).await?),
             Self::Bench(args) => bench::run(&args),

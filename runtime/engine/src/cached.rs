@@ -7,6 +7,7 @@ use dsv3_core::{ArtifactRef, Digest, Error};
 use dsv3_stage::StageEntry;
 use dsv3_store::{StageResult, Store, StoreError};
 use futures::{StreamExt, TryStreamExt};
+use serde_json::Value;
 
 use crate::plan::{InputRef, Plan, PlannedStage, key::KeyRecord};
 
@@ -77,6 +78,22 @@ pub(crate) fn key_record(
     }
     let config = entry.key_config(&stage.config)?;
     Ok(KeyRecord::new(&stage.kind, stage.version, &config, inputs, &hooks, plan.seed))
+}
+
+/// A profile mark as it is stored.
+pub(crate) fn with_format(mut profile: Value) -> Value {
+    if let Value::Object(map) = &mut profile {
+        map.insert("format".to_owned(), Value::from(1));
+    }
+    profile
+}
+
+/// The profile of a stored mark; marks were once written without a format.
+pub(crate) fn without_format(mut mark: Value) -> Value {
+    if let Value::Object(map) = &mut mark {
+        map.remove("format");
+    }
+    mark
 }
 
 /// Looks for the result of `key`.

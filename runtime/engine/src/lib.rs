@@ -18,6 +18,7 @@ mod diagnostics;
 mod engine;
 mod error;
 mod explain;
+mod export;
 mod machine;
 mod plan;
 mod report;
@@ -25,6 +26,7 @@ mod run;
 mod runs;
 mod schema;
 mod spec;
+mod verify;
 mod yaml;
 
 pub use chaos::{ChaosOptions, ChaosPoint, ChaosReport, ChaosRow, ChaosTrial, Head, TrialEnd};
@@ -33,12 +35,14 @@ pub use diagnostics::{Diagnostic, Diagnostics, Origin, Source, Sources, Span};
 pub use engine::{Engine, EngineBuilder};
 pub use error::EngineError;
 pub use explain::{Explanation, StageState, State};
+pub use export::Exported;
 pub use machine::Machine;
 pub use plan::{InputRef, Plan, PlannedHook, PlannedInput, PlannedStage};
 pub use report::{Attempt, Contrast, FigureRow, Matrix, Report, ReportedRun, ReportedStage, Spread, Standing, Variant};
-pub use run::{RunOptions, RunReport, Selection, StageReport};
+pub use run::{At, RunOptions, RunReport, Selection, StageReport};
 pub use runs::RunSummary;
 pub use spec::{Floor, HookLimits, LeaseSettings, LoadOptions};
+pub use verify::{Damage, Replay, Verification, VerifiedStage, VerifyOptions};
 
 #[cfg(test)]
 mod tests;

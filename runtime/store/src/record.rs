@@ -34,6 +34,11 @@ pub(crate) fn seal<T: Serialize>(path: &str, body: &T) -> Result<Bytes> {
     Ok(Bytes::from(bytes))
 }
 
+/// `{"build":..,"format":1}`: what a stored text that is no sealed record begins with, or all that it says.
+pub(crate) fn header_line() -> Vec<u8> {
+    format!("{{\"build\":\"{BUILD}\",\"format\":{FORMAT}}}\n").into_bytes()
+}
+
 /// The body of a record of format 1, after its check and its format.
 pub(crate) fn unseal<T: DeserializeOwned>(path: &str, bytes: &[u8]) -> Result<T> {
     unseal_up_to(FORMAT, path, bytes)

@@ -1,5 +1,5 @@
 //! Runs: `runs/<id>/plan.json` (created once), `status/<n>.json` (the highest number counts) and
-//! `events/<segment>.jsonl` (one event a line, in segments that are created whole).
+//! `events/<segment>.jsonl` (a line with the format, then one event a line, in segments that are created whole).
 
 use std::{
     sync::{Arc, Mutex, PoisonError},
@@ -115,7 +115,10 @@ impl Store {
         let folder = format!("runs/{id}/events");
         let mut segments = Vec::new();
         for name in self.list(&folder).await? {
-            segments.push(self.read(&format!("{folder}/{name}")).await?);
+            let path = format!("{folder}/{name}");
+            let segment = self.read(&path).await?;
+            check_segment(&self.display_path(&path), &segment)?;
+            segments.push(segment);
         }
         Ok(segments)
     }
@@ -130,6 +133,27 @@ impl Store {
 pub fn parse_events(segments: &[Bytes]) -> Vec<Event> {
     let lines = segments.iter().flat_map(|segment| segment.split(|byte| *byte == b'\n'));
     lines.filter_map(|line| serde_json::from_slice(line).ok()).collect()
+}
+
+/// The header of a segment, its first line; segments were once written without.
+fn header(line: &[u8]) -> Option<Value> {
+    let value: Value = serde_json::from_slice(line).ok()?;
+    (value.get("event").is_none() && value.get("format").is_some()).then_some(value)
+}
+
+/// Refuses a segment of a newer build.
+fn check_segment(path: &str, segment: &[u8]) -> Result<()> {
+    let first = segment.split(|byte| *byte == b'\n').next().and_then(header);
+    first.map_or(Ok(()), |header| record::check_format(&header, u64::from(record::FORMAT), path))
+}
+
+/// Number of the first line of a segment, from 1, that is neither an event nor the header.
+pub fn first_unreadable_line(segment: &[u8]) -> Option<usize> {
+    let lines = segment.split(|byte| *byte == b'\n').enumerate();
+    let unreadable = |(i, line): &(usize, &[u8])| {
+        !line.is_empty() && serde_json::from_slice::<Event>(line).is_err() && (*i > 0 || header(line).is_none())
+    };
+    lines.into_iter().find(unreadable).map(|(i, _)| i + 1)
 }
 
 fn numbered(folder: &str, number: u64, suffix: &str) -> String {
@@ -177,7 +201,7 @@ impl EventLog {
 async fn write_segments(store: Store, folder: String, mut events: mpsc::UnboundedReceiver<Event>) -> Result<()> {
     let mut number = store.last_number(&folder, ".jsonl").await? + 1;
     while let Some(first) = events.recv().await {
-        let mut segment = Vec::new();
+        let mut segment = record::header_line();
         push_line(&mut segment, &first);
         let deadline = tokio::time::Instant::now() + SEGMENT_WAIT;
         for _ in 1..SEGMENT_EVENTS {

@@ -3,6 +3,7 @@
 mod kill;
 mod lease;
 mod objects;
+mod saver;
 mod stages;
 
 use std::{fs, path::PathBuf, sync::Arc};

@@ -153,12 +153,23 @@ impl Plan {
     /// # Errors
     /// Data when the bytes are not a plan of this format.
     pub fn from_bytes(bytes: &[u8]) -> Result<Self, Error> {
-        let plan: Self = serde_json::from_slice(bytes)
-            .map_err(|error| Error::data("the stored plan cannot be read").source(error))?;
-        if plan.format == Self::FORMAT {
-            return Ok(plan);
+        let unreadable = |error| Error::data("the stored plan cannot be read").source(error);
+        let value: Value = serde_json::from_slice(bytes).map_err(unreadable)?;
+        // Before the fields: a newer plan may have some that this build does not know.
+        match value.get("format").and_then(Value::as_u64) {
+            Some(format) if format > u64::from(Self::FORMAT) => {
+                let message = format!(
+                    "the plan is of format {format}, written by a newer dsv3-pipeline; this build ({}) reads up to {}",
+                    env!("CARGO_PKG_VERSION"),
+                    Self::FORMAT
+                );
+                let help = "use the version that made the run (its status names it, under machines), or a newer one";
+                return Err(Error::data(message).help(help));
+            }
+            Some(1..) => {}
+            _ => return Err(Error::data("the stored plan has no format")),
         }
-        Err(Error::data(format!("the plan is of format {}, this build reads {}", plan.format, Self::FORMAT)))
+        serde_json::from_value(value).map_err(unreadable)
     }
 
     /// Bytes for the store.

@@ -24,12 +24,12 @@ pub struct Attempt {
 
 /// What logs say of one key.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub(super) struct Trace {
+pub(crate) struct Trace {
     pub(super) attempts: Vec<Attempt>,
     /// Warnings, each once, in order.
     pub(super) warnings: Vec<String>,
     /// Value by metric and step.
-    pub(super) series: BTreeMap<String, BTreeMap<u64, f64>>,
+    pub(crate) series: BTreeMap<String, BTreeMap<u64, f64>>,
 }
 
 impl Trace {
@@ -41,7 +41,7 @@ impl Trace {
 }
 
 /// Adds what the log of `run` says of the keys for which `wanted` holds.
-pub(super) fn scan(run: &str, events: &[Event], wanted: &dyn Fn(&str) -> bool, traces: &mut BTreeMap<String, Trace>) {
+pub(crate) fn scan(run: &str, events: &[Event], wanted: &dyn Fn(&str) -> bool, traces: &mut BTreeMap<String, Trace>) {
     // Key of the attempt that runs, by stage; none when nobody asked for that key.
     let mut current: BTreeMap<&str, Option<&str>> = BTreeMap::new();
     // Warnings said before the stage begins, such as that its old result is damaged.

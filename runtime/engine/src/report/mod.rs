@@ -20,6 +20,7 @@ use crate::{Engine, error::EngineError, machine::Machine, plan::Plan};
 
 pub use families::{Contrast, Matrix, Variant};
 pub use log::Attempt;
+pub(crate) use log::scan;
 pub use spread::Spread;
 
 /// How far a stage of a run has come.

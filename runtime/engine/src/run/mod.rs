@@ -3,6 +3,7 @@
 //! There is one execution path: [`Engine::run`] walks the stages of a new run, [`Engine::resume`] those of a stored one,
 //! [`Engine::exec`] exactly one stage of a stored run, in whatever process a batch queue or another engine calls it.
 
+pub(crate) mod beside;
 pub(crate) mod floors;
 mod select;
 mod stage;
@@ -28,6 +29,15 @@ use crate::{
     spec::LeaseSettings,
 };
 
+/// A checkpoint of a stage of a run.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct At {
+    /// Name of the stage.
+    pub stage: String,
+    /// Number of the checkpoint.
+    pub seq: u64,
+}
+
 /// What a caller decides about a run; nothing here changes results.
 #[derive(Clone, Debug)]
 pub struct RunOptions {
@@ -45,12 +55,14 @@ pub struct RunOptions {
     pub command: Option<String>,
     /// How runners keep apart, over what the plan says.
     pub lease: LeaseSettings,
+    /// Does this stage again from this checkpoint, finished or not. It must come out the same.
+    pub at: Option<At>,
 }
 
 impl Default for RunOptions {
     fn default() -> Self {
         let (events, cancel, lease) = (Events::none(), Cancel::new(), LeaseSettings::default());
-        Self { select: Selection::All, events, cancel, threads: None, stay: false, command: None, lease }
+        Self { select: Selection::All, events, cancel, threads: None, stay: false, command: None, lease, at: None }
     }
 }
 
@@ -249,7 +261,7 @@ impl Run<'_> {
                 self.results.insert(stage.name.clone(), result);
                 return Ok(());
             }
-            Found::Whole(result) => (Ok(Outcome::Cached), Some(result)),
+            Found::Whole(result) if self.again_from(stage).is_none() => (Ok(Outcome::Cached), Some(result)),
             _ if !selected => return Ok(()),
             found => {
                 if let Found::Broken(why) = &found {

@@ -29,13 +29,24 @@ const LOOK: Duration = Duration::from_millis(20);
 const GRACE: Duration = Duration::from_secs(30);
 
 /// A folder that is removed with this value.
-struct Scratch(PathBuf);
+pub(super) struct Scratch(pub(super) PathBuf);
 
 impl Drop for Scratch {
     fn drop(&mut self) {
         // The system's temporary folder is cleaned anyway.
         let _ = std::fs::remove_dir_all(&self.0);
     }
+}
+
+/// Where a stage does its work.
+#[derive(Clone, Copy)]
+pub(super) struct Place<'a> {
+    pub(super) key: &'a str,
+    pub(super) epoch: u64,
+    /// Number of the checkpoint to go on from; the newest when absent.
+    pub(super) at: Option<u64>,
+    /// Whether that checkpoint is published without another step.
+    pub(super) as_it_is: bool,
 }
 
 /// Asks a stage to stop when whoever waits for it goes away.
@@ -112,16 +123,38 @@ impl Run<'_> {
         lease: &Lease,
     ) -> Result<(Outcome, StageResult), Error> {
         let key = record.key().to_string();
-        if let Found::Whole(result) = cached::find(self.store, self.plan, record.key()).await? {
-            return Ok((Outcome::Cached, result));
+        match self.again_from(stage) {
+            Some(seq) => self.rewind(stage, &key, seq, lease).await?,
+            None => {
+                if let Found::Whole(result) = cached::find(self.store, self.plan, record.key()).await? {
+                    return Ok((Outcome::Cached, result));
+                }
+            }
         }
         // What the key was made of, for `explain`. Equal keys have equal records, so whoever was first is right.
         self.store.create(&format!("stages/{key}/key.json"), record.to_bytes().into()).await?;
         let profile = json!({ "device": self.plan.device, "config": entry.profile_config(&stage.config)? });
         let mark = format!("{}/{}.json", profiles(&key), json_digest(&profile));
-        self.store.create(&mark, canonical_json(&profile).into_bytes().into()).await?;
+        // Its name is the digest of the profile alone, so that marks of every format agree.
+        self.store.create(&mark, canonical_json(&cached::with_format(profile)).into_bytes().into()).await?;
         let finished = self.work(stage, entry, &key, inputs, lease).await?;
         Ok((Outcome::Done, self.commit(stage, entry, record.key(), finished, lease).await?))
+    }
+
+    /// The checkpoint that this stage is to be done again from, if it was asked for.
+    pub(super) fn again_from(&self, stage: &PlannedStage) -> Option<u64> {
+        self.options.at.as_ref().filter(|at| at.stage == stage.name).map(|at| at.seq)
+    }
+
+    /// Sends the stage back to the checkpoint `seq`. What was committed after it stays in the store.
+    async fn rewind(&self, stage: &PlannedStage, key: &str, seq: u64, lease: &Lease) -> Result<(), Error> {
+        let step = self.store.checkpoint_at(key, seq).await?.step;
+        self.store.rewind_checkpoints(key, lease.epoch(), seq, self.id).await?;
+        let message = format!(
+            "goes back to checkpoint {seq}, step {step}; later ones stay in the store and count no more, `--at` still finds them"
+        );
+        self.warn(&stage.name, message);
+        Ok(())
     }
 
     /// The stage on its thread, until it ends or has been asked to stop and does.
@@ -142,7 +175,8 @@ impl Run<'_> {
         });
         let (cancel, scratch) = (Cancel::new(), Scratch(std::env::temp_dir().join(format!("dsv3-{}", nonce()))));
         let (events, said) = self.listening();
-        let ctx = self.context(stage, key, lease, (cancel.clone(), events), scratch.0.clone()).await?;
+        let place = Place { key, epoch: lease.epoch(), at: None, as_it_is: false };
+        let ctx = self.context(stage, place, (cancel.clone(), events), scratch.0.clone()).await?;
         let stop = StopOnDrop(cancel);
         let running = entry.run_on_thread(stage.config.clone(), inputs_json(entry, inputs), ctx);
         tokio::pin!(running);
@@ -175,6 +209,8 @@ impl Run<'_> {
                 _ => {}
             }
         };
+        // A stage that failed or panicked may have left a checkpoint in flight; it belongs under this lease.
+        ctx.checkpoints().settle().await;
         let outputs = outputs.map_err(while_running)?;
         Ok(Finished { outputs, closing: ctx.closing(), last_seq: ctx.checkpoints().last_seq() })
     }
@@ -193,11 +229,10 @@ impl Run<'_> {
         (events, said)
     }
 
-    async fn context(
+    pub(super) async fn context(
         &self,
         stage: &PlannedStage,
-        key: &str,
-        lease: &Lease,
+        place: Place<'_>,
         (cancel, events): (Cancel, Events),
         scratch: PathBuf,
     ) -> Result<Ctx, Error> {
@@ -207,8 +242,8 @@ impl Run<'_> {
         Ok(Ctx::new(CtxParts {
             stage: stage.name.clone(),
             stage_type: stage.kind.clone(),
-            key: key.to_owned(),
-            epoch: lease.epoch(),
+            key: place.key.to_owned(),
+            epoch: place.epoch,
             seed: self.plan.seed,
             device,
             threads: self.options.threads.or(self.plan.threads).unwrap_or_else(cores),
@@ -222,6 +257,8 @@ impl Run<'_> {
             clock: self.engine.clock.clone(),
             scratch,
             stay: self.options.stay,
+            at: place.at,
+            as_it_is: place.as_it_is,
         }))
     }
 
@@ -252,7 +289,7 @@ impl Run<'_> {
         if own.len() > 1 {
             for name in own {
                 let bytes = self.store.read(&format!("{}/{name}", profiles(key))).await?;
-                mixed.extend(serde_json::from_slice::<Value>(&bytes));
+                mixed.extend(serde_json::from_slice::<Value>(&bytes).map(cached::without_format));
             }
         }
         let above = Plan::upstream(stage);
@@ -339,12 +376,27 @@ impl Run<'_> {
             self.store.delete(&format!("stages/{key}/result.json")).await?;
         }
         let committed = self.store.commit_result(&key.to_string(), &result).await?;
+        if committed.outputs != result.outputs && self.again_from(stage).is_some() {
+            return Err(came_out_differently(&committed, &result));
+        }
         if committed.outputs != result.outputs {
             let message = "another process finished this stage with other outputs; theirs count".to_owned();
             self.warn(&stage.name, message);
         }
         Ok(committed)
     }
+}
+
+/// A finished stage that was done again and did not come out the same.
+fn came_out_differently(committed: &StageResult, again: &StageResult) -> Error {
+    let differs = |output: &&OutputEntry| !committed.outputs.contains(output);
+    let names: Vec<&str> = again.outputs.iter().filter(differs).map(|output| output.name.as_str()).collect();
+    let message = format!(
+        "done again from an earlier checkpoint, the stage made other bits of {}; the result that was committed first stays",
+        names.join(", ")
+    );
+    let help = "a machine, a build or a stored object is at fault: `dsv3-pipeline verify RUN STAGE --replay 10` tells more";
+    Error::data(message).help(help)
 }
 
 /// What a stage refuses once it runs was no longer to be seen from the pipeline: it is the data that does not fit.
@@ -361,7 +413,7 @@ fn profiles(key: &str) -> String {
 }
 
 /// `{port: {kind, digest} | [..]}` as the stage reads it.
-fn inputs_json(entry: &StageEntry, inputs: &Inputs) -> Value {
+pub(super) fn inputs_json(entry: &StageEntry, inputs: &Inputs) -> Value {
     let mut map = Map::new();
     for spec in entry.inputs() {
         let Some(artifacts) = inputs.get(spec.name) else { continue };

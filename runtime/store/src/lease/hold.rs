@@ -74,9 +74,8 @@ impl Drop for Lease {
 }
 
 async fn end(store: &Store, place: &Place, epoch: u64, end: End) -> Result<()> {
-    let mut bytes = serde_json::to_vec(&end).unwrap_or_default();
-    bytes.push(b'\n');
-    store.create(&place.path(epoch, "end"), Bytes::from(bytes)).await?;
+    let text = format!("{{\"fence\":{},\"format\":{}}}\n", end.fence, crate::record::FORMAT);
+    store.create(&place.path(epoch, "end"), Bytes::from(text)).await?;
     store.delete(&place.path(epoch, "beat")).await
 }
 
@@ -98,7 +97,8 @@ async fn beat(store: Store, place: Place, epoch: u64, options: LeaseOptions, los
             Err(_) => tracing::warn!("the store does not answer whether the lease still holds"),
         }
         count += 1;
-        match tokio::time::timeout(give_up, store.overwrite(&path, Bytes::from(format!("{count}\n")))).await {
+        let beat = Bytes::from(format!("{{\"beat\":{count},\"format\":{}}}\n", crate::record::FORMAT));
+        match tokio::time::timeout(give_up, store.overwrite(&path, beat)).await {
             Ok(Ok(())) => beaten = Instant::now(),
             Ok(Err(error)) => tracing::warn!(%error, "no heartbeat for {:?}", beaten.elapsed()),
             Err(_) => tracing::warn!("the store takes no heartbeat since {:?}", beaten.elapsed()),

@@ -99,7 +99,7 @@ async fn a_process_of_this_host_that_is_gone_is_replaced_at_once() {
 }
 
 fn checkpoint(seq: u64) -> Checkpoint {
-    Checkpoint { seq, step: seq, state: serde_json::Value::Null, files: Vec::new() }
+    Checkpoint { seq, step: seq, state: serde_json::Value::Null, files: Vec::new(), tensors: Vec::new() }
 }
 
 /// The holder finds its successor before a commit, also when its number is free and it has not beaten since.

@@ -270,3 +270,112 @@ fn phases_resume_where_they_were() {
     same_bits(&undisturbed, &run_phases(&cut, 2));
     assert_eq!(*cut.steps.lock().unwrap(), (6..=10).collect::<Vec<_>>());
 }
+
+/// A stage that was saved by any number of ranks goes on with the bits of one that was not disturbed.
+#[test]
+fn checkpoints_of_one_to_four_ranks_resume_with_equal_bits() {
+    let whole = Bench::new();
+    let mut undisturbed = trainer();
+    whole.run(&mut undisturbed, &mut work(&whole.cancel), &options(6)).unwrap();
+    for saved in 1..=4 {
+        let sharded = |shards: u32| {
+            let mut options = options(6);
+            options.checkpoint = CheckpointEvery { steps: Some(2), minutes: None, shards };
+            options
+        };
+        let cut = Bench::new();
+        let mut first = work(&cut.cancel);
+        first.source.stop_at = Some(8);
+        assert!(matches!(cut.run(&mut trainer(), &mut first, &sharded(saved)), Err(Error::Cancelled)));
+        let list = cut.memory.list.borrow().clone();
+        assert_eq!(list.last().unwrap().files.len(), 2 * saved as usize);
+        // The one that goes on may save in another number.
+        let resumed = Bench { cancel: Cancel::new(), ..cut };
+        let mut last = trainer();
+        resumed.run(&mut last, &mut work(&resumed.cancel), &sharded(5 - saved)).unwrap();
+        assert_eq!(resumed.memory.list.borrow().last().unwrap().files.len(), 2 * (5 - saved) as usize);
+        same_bits(&undisturbed, &last);
+    }
+}
+
+#[test]
+fn a_missing_slice_is_named() {
+    let mut trainer = trainer();
+    let snapshot = trainer.snapshot_for(3).unwrap();
+    let mut tensors = snapshot.tensors.clone();
+    tensors.retain(|tensor| tensor.name != "model.norm.weight");
+    let error = trainer.restore(&snapshot.state, &tensors, |name| snapshot.read(name)).unwrap_err();
+    assert!(error.to_string().contains("there is no model.norm.weight"), "{error}");
+    let mut cut = snapshot.clone();
+    cut.files[1].1.truncate(200);
+    let error = trainer.restore(&cut.state, &cut.tensors, |name| cut.read(name)).unwrap_err();
+    assert!(error.to_string().contains("masters-00002-of-00003.safetensors: it does not hold its slice of"), "{error}");
+}
+
+/// A store whose commits fail in the background: the run ends, and says why.
+#[derive(Default)]
+struct Failing(Memory, Cell<bool>);
+
+impl CheckpointStore for Failing {
+    fn latest(&self) -> Result<Option<Checkpoint>, dsv3_core::Error> {
+        self.0.latest()
+    }
+    fn read(&self, checkpoint: &Checkpoint, name: &str) -> Result<Vec<u8>, dsv3_core::Error> {
+        self.0.read(checkpoint, name)
+    }
+    fn save(&self, _: Snapshot) -> Result<(), dsv3_core::Error> {
+        Ok(())
+    }
+    fn start(&self, _: Snapshot) -> Result<(), dsv3_core::Error> {
+        self.1.set(true);
+        Ok(())
+    }
+    fn finish(&self) -> Result<(), dsv3_core::Error> {
+        match self.1.take() {
+            true => Err(dsv3_core::Error::unavailable("the disk is full")),
+            false => Ok(()),
+        }
+    }
+}
+
+#[test]
+fn an_error_of_the_last_save_is_not_lost() {
+    let (failing, events, clock, cancel) = (Failing::default(), Events::none(), VirtualClock::default(), Cancel::new());
+    let host = TrainHost {
+        stage: "t",
+        events: &events,
+        cancel: &cancel,
+        clock: &clock,
+        checkpoints: &failing,
+        as_it_is: false,
+    };
+    // One save at the end, and then one on being stopped.
+    let error = run_training(&mut trainer(), &mut work(&cancel), &host, &options(2)).unwrap_err();
+    assert!(matches!(&error, Error::Store { source } if source.message == "the disk is full"), "{error:?}");
+    let mut stopped = work(&cancel);
+    stopped.source.stop_at = Some(2);
+    let error = run_training(&mut trainer(), &mut stopped, &host, &options(2)).unwrap_err();
+    assert!(matches!(error, Error::Store { .. }), "{error:?}");
+}
+
+/// Asked for its checkpoint as it is, a run takes no step and writes nothing.
+#[test]
+fn a_checkpoint_is_taken_as_it_is() {
+    let bench = Bench::new();
+    let mut first = trainer();
+    bench.run(&mut first, &mut work(&bench.cancel), &options(4)).unwrap();
+    let (events, clock) = (Events::none(), VirtualClock::default());
+    let host = TrainHost {
+        stage: "t",
+        events: &events,
+        cancel: &bench.cancel,
+        clock: &clock,
+        checkpoints: &bench.memory,
+        as_it_is: true,
+    };
+    let (mut taken, saved) = (trainer(), bench.memory.list.borrow().len());
+    run_training(&mut taken, &mut work(&bench.cancel), &host, &options(12)).unwrap();
+    // The first run validated once more after its last checkpoint, which tells of the model and changes nothing in it.
+    assert!(first.snapshot().unwrap().files == taken.snapshot().unwrap().files);
+    assert_eq!((taken.state.step, bench.memory.list.borrow().len()), (4, saved));
+}
