@@ -1,7 +1,8 @@
 //! `kill -9` at random moments: while the program starts, between two steps, before the first checkpoint, while a
 //! checkpoint is written, after the last step. Every next process goes on from what it finds, with one thread and two in
 //! turn; a stage that is finished begins anew in a fresh store until all kills are spent. Outputs, metrics of every step and
-//! closing figures are those of an undisturbed run, bit for bit, and no process does more than one interval of steps again.
+//! closing figures are those of an undisturbed run, bit for bit, and no process does more than one interval of
+//! steps again, and one more whose checkpoint was being committed when it was killed.
 //!
 //! Three kills in every training stage by default; `DSV3_KILLS` asks for more, and `results/kills.md` has what a hundred
 //! gave:

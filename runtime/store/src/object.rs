@@ -296,27 +296,11 @@ impl Store {
         Ok(paths)
     }
 
-    /// The bytes `range` of the object `path`. They are not verified: whoever asks knows their digest.
-    ///
-    /// # Errors
-    /// [`StoreError::Missing`] when there is none, [`StoreError::Damaged`] when it is shorter.
-    pub(crate) async fn read_range(&self, path: &str, range: std::ops::Range<u64>) -> Result<Bytes> {
-        let location = self.object_path(path)?;
-        let get = || self.inner.objects.get_range(&location, range.clone()).boxed();
-        let bytes = retry(get).await.0;
-        let bytes = bytes.map_err(|error| StoreError::object("read", &self.display_path(path), error))?;
-        if bytes.len() as u64 == range.end - range.start {
-            return Ok(bytes);
-        }
-        let problem = format!("it has {} bytes of {range:?}", bytes.len());
-        Err(StoreError::damaged(self.display_path(path), problem))
-    }
-
     /// A store beside this one: reads see both, writes go to memory and end with it.
     #[must_use]
     pub fn beside(&self) -> Self {
-        let objects = Arc::new(crate::overlay::Overlay::new(self.inner.objects.clone()));
-        Self::with_parts(&self.inner.url, objects, self.inner.prefix.clone(), None)
+        let objects = Arc::new(crate::overlay::Overlay::new(self.shared_objects()));
+        Self::with_objects_and(&self.inner.url, objects, self.inner.connected.prefix.clone(), StoreOptions::near())
     }
 
     /// Deletes the object `path`; fine when there is none.

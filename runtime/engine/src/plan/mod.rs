@@ -11,7 +11,7 @@ mod make;
 use std::collections::{BTreeMap, BTreeSet};
 
 use bytes::Bytes;
-use dsv3_core::{Digest, Error};
+use dsv3_core::{Digest, Error, json_digest};
 
 use dsv3_hooks::OnError;
 use serde::{Deserialize, Serialize};
@@ -20,6 +20,11 @@ use serde_json::Value;
 pub(crate) use make::make;
 
 use crate::spec::{Floor, HookLimits, LeaseSettings};
+
+/// First format whose plans have a `check`.
+const SEALED: u64 = 2;
+/// This build, as plans name it.
+const BUILD: &str = env!("CARGO_PKG_VERSION");
 
 /// Where an input comes from.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -103,7 +108,7 @@ pub struct PlannedStage {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Plan {
-    /// Version of this format: 1.
+    /// Version of this format: 2; a plan of format 1 has no `build` and no `check`.
     pub format: u32,
     /// Name of the pipeline.
     pub name: String,
@@ -131,7 +136,7 @@ pub struct Plan {
 
 impl Plan {
     /// Version written by this build.
-    pub const FORMAT: u32 = 1;
+    pub const FORMAT: u32 = 2;
 
     /// The stage called `name`.
     ///
@@ -148,34 +153,48 @@ impl Plan {
         })
     }
 
-    /// Reads a stored plan.
+    /// Reads a stored plan, of format 1 or 2.
     ///
     /// # Errors
-    /// Data when the bytes are not a plan of this format.
+    /// Data when the bytes are not the plan that was written, or one of a newer build.
     pub fn from_bytes(bytes: &[u8]) -> Result<Self, Error> {
         let unreadable = |error| Error::data("the stored plan cannot be read").source(error);
-        let value: Value = serde_json::from_slice(bytes).map_err(unreadable)?;
+        let mut value: Value = serde_json::from_slice(bytes).map_err(unreadable)?;
+        let format = value.get("format").and_then(Value::as_u64);
         // Before the fields: a newer plan may have some that this build does not know.
-        match value.get("format").and_then(Value::as_u64) {
-            Some(format) if format > u64::from(Self::FORMAT) => {
-                let message = format!(
-                    "the plan is of format {format}, written by a newer dsv3-pipeline; this build ({}) reads up to {}",
-                    env!("CARGO_PKG_VERSION"),
-                    Self::FORMAT
-                );
-                let help = "use the version that made the run (its status names it, under machines), or a newer one";
-                return Err(Error::data(message).help(help));
-            }
-            Some(1..) => {}
-            _ => return Err(Error::data("the stored plan has no format")),
+        if format.is_none_or(|format| format == 0) {
+            return Err(Error::data("the stored plan has no format"));
+        }
+        if format > Some(u64::from(Self::FORMAT)) {
+            return Err(newer(format.unwrap_or_default(), value.get("build").and_then(Value::as_str)));
+        }
+        let fields = value.as_object_mut();
+        let check = fields.and_then(|fields| fields.remove("check"));
+        if format >= Some(SEALED) && check.as_ref().and_then(Value::as_str) != Some(&json_digest(&value).to_string()) {
+            return Err(Error::data("the stored plan is damaged: its check digest does not match"));
+        }
+        if let Some(fields) = value.as_object_mut() {
+            fields.remove("build");
         }
         serde_json::from_value(value).map_err(unreadable)
     }
 
-    /// Bytes for the store.
+    /// Bytes for the store: the fields, the build, and `check`, the digest of both.
     pub fn to_bytes(&self) -> Vec<u8> {
         // Maps with text keys and plain values always serialise.
-        serde_json::to_vec_pretty(self).unwrap_or_default()
+        let mut value = serde_json::to_value(self).unwrap_or_default();
+        let mut set = |name: &str, text: String| {
+            if let Value::Object(fields) = &mut value {
+                fields.insert(name.to_owned(), Value::from(text));
+            }
+            json_digest(&value).to_string()
+        };
+        let sealed = self.format >= SEALED as u32;
+        if sealed {
+            let check = set("build", BUILD.to_owned());
+            set("check", check);
+        }
+        serde_json::to_vec_pretty(&value).unwrap_or_default()
     }
 
     /// Names of the stages that `stage` reads from, directly.
@@ -210,4 +229,12 @@ impl Plan {
         }
         wanted
     }
+}
+
+/// A plan that this build does not read.
+fn newer(format: u64, build: Option<&str>) -> Error {
+    let by = build.map_or_else(|| "a newer dsv3-pipeline".to_owned(), |build| format!("dsv3-pipeline {build}"));
+    let message =
+        format!("the plan is of format {format}, written by {by}; this build ({BUILD}) reads up to {}", Plan::FORMAT);
+    Error::data(message).help("use that version of dsv3-pipeline, or a newer one; nothing was changed")
 }
