@@ -184,7 +184,10 @@ fn verify_names_what_was_changed() {
     let good = std::fs::read(&path).expect("a shard");
     std::fs::remove_file(&path).expect("removed");
     let said = expect(&place, 65, &["verify", &run, "base"]);
-    assert!(said.contains(&shard) && said.contains("does not exist") && said.contains("checkpoint 1 of base"), "{said}");
+    assert!(
+        said.contains(&shard) && said.contains("does not exist") && said.contains("checkpoint 1 of base"),
+        "{said}"
+    );
     std::fs::write(&path, good).expect("written");
     expect(&place, 0, &["verify", &run]);
 }
@@ -247,7 +250,10 @@ fn a_stage_resumes_at_a_checkpoint_and_nothing_committed_is_lost() {
     // A rewind and one more checkpoint.
     assert_eq!(after.len(), before.len() + 2);
     let rewind: Value = serde_json::from_slice(&after["00000003.json"]).expect("JSON");
-    assert_eq!((&rewind["kind"], &rewind["rewind"]["to"], &rewind["rewind"]["run"]), (&json!("rewind"), &json!(1), &json!(run)));
+    assert_eq!(
+        (&rewind["kind"], &rewind["rewind"]["to"], &rewind["rewind"]["run"]),
+        (&json!("rewind"), &json!(1), &json!(run))
+    );
     expect(&place, 0, &["verify", run]);
     // The last run is the stopped one: the short form takes its stage.
     let ended = resumed(&place, &["longer", "--at", "1"]);
@@ -273,7 +279,8 @@ fn a_stage_saved_in_one_to_four_shards_ends_with_the_same_bits() {
         let place = Place::new();
         let set = format!("stages.longer.config.training.checkpoint.shards={shards}");
         let run = ["run", &recipe, "--set", &set, "--threads", "1"];
-        let ended = place.watch(&run, |event| (event["event"] == "checkpoint" && event["stage"] == "longer").then_some(SIGTERM));
+        let late = |event: &Value| event["event"] == "metric" && event["stage"] == "longer" && event["step"] == 17;
+        let ended = place.watch(&run, |event| late(event).then_some(SIGTERM));
         assert_eq!(ended.code, Some(75), "{}", ended.errors);
         let key = ended.key("longer");
         assert_eq!(key, text(&expected, "/keys/longer"), "shards are in the key");

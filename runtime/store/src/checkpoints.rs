@@ -234,7 +234,8 @@ impl Store {
         let Checkpoint { seq, step, state, files, tensors } = checkpoint.clone();
         shards::check_table(&tensors, &files).map_err(|problem| StoreError::Table { step, problem })?;
         let format = if tensors.is_empty() { record::FORMAT } else { FORMAT };
-        let record = Record { format, step, state, files, tensors, ..Record::new(RecordKind::Checkpoint, key, seq, epoch) };
+        let record =
+            Record { format, step, state, files, tensors, ..Record::new(RecordKind::Checkpoint, key, seq, epoch) };
         self.commit_or_stop(&record).await
     }
 

@@ -202,9 +202,7 @@ impl StoreError {
             Self::Cancelled { .. } | Self::Taken { .. } | Self::Held { .. } | Self::Fenced { .. } => {
                 ErrorKind::Cancelled
             }
-            Self::BadPath { .. } | Self::Encode { .. } | Self::Table { .. } | Self::Task { .. } => {
-                ErrorKind::Internal
-            }
+            Self::BadPath { .. } | Self::Encode { .. } | Self::Table { .. } | Self::Task { .. } => ErrorKind::Internal,
         }
     }
 

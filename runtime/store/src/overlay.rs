@@ -126,7 +126,9 @@ impl ObjectStore for Overlay {
             let own: BTreeSet<Path> = all.iter().map(|meta| meta.location.clone()).collect();
             let below: Vec<ObjectMeta> = base.try_collect().await?;
             let hidden = hidden.lock().unwrap_or_else(PoisonError::into_inner);
-            all.extend(below.into_iter().filter(|meta| !own.contains(&meta.location) && !hidden.contains(&meta.location)));
+            all.extend(
+                below.into_iter().filter(|meta| !own.contains(&meta.location) && !hidden.contains(&meta.location)),
+            );
             Ok(futures::stream::iter(all.into_iter().map(Ok)))
         };
         both.try_flatten_stream().boxed()
@@ -190,7 +192,10 @@ mod tests {
             let before = base.list_all("").await.unwrap();
             let beside = base.beside();
             assert_eq!(beside.get_blob(old).await.unwrap(), "old");
-            assert_eq!(beside.create("stages/k/a.json", Bytes::from_static(b"x")).await.unwrap(), Create::AlreadyExists);
+            assert_eq!(
+                beside.create("stages/k/a.json", Bytes::from_static(b"x")).await.unwrap(),
+                Create::AlreadyExists
+            );
             assert_eq!(beside.create("stages/k/b.json", Bytes::from_static(b"b")).await.unwrap(), Create::Created);
             assert_eq!(beside.list("stages/k").await.unwrap(), ["a.json", "b.json"]);
             let new = beside.put_blob(Bytes::from_static(b"new")).await.unwrap();

@@ -157,7 +157,10 @@ impl TensorEntry {
         }
         if held != total {
             let missing = self.missing_rows().map_or_else(String::new, |rows| format!(", rows {rows:?} are missing"));
-            return Err(format!("tensor {name} of shape {:?}: slices hold {held} of {total} bytes{missing}", self.shape));
+            return Err(format!(
+                "tensor {name} of shape {:?}: slices hold {held} of {total} bytes{missing}",
+                self.shape
+            ));
         }
         Ok(())
     }

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Makes one of the stores beside this file with a given build: make.py PROGRAM FOLDER [YAML OVERRIDES ...]
 
-A finished run (`corpus`, `base`) and one that was stopped on its way (`longer`, SIGTERM at its first checkpoint). The run
+A finished run (`corpus`, `base`) and one that was stopped on its way (`longer`, SIGTERM after its first checkpoint). The run
 happens in /tmp/dsv3-stores, under the host name `example`, so that nothing of a machine is in what is committed. After it,
 `expected.json` gets what every later build must find: the ids of the runs, the keys, the digests of the outputs, and the
 digest that `longer` has when this build finishes it (in a copy, which is thrown away).
@@ -40,6 +40,11 @@ def outputs(seen, stage):
     return {e["port"]: e["artifact"]["digest"] for e in seen if e["event"] == "artifact" and e["stage"] == stage}
 
 
+def late(event):
+    """Whether `longer` has come past its first checkpoint; that one may still be on its way to the store."""
+    return event["event"] == "metric" and event["stage"] == "longer" and event["step"] == 17
+
+
 def keys(seen):
     return {e["stage"]: e["key"] for e in seen if e["event"] == "stage_started"}
 
@@ -55,7 +60,7 @@ def main(program, folder, overrides):
     run = ["run", "store.yaml", "--store", "file://./runs", "--threads", "1", *sets]
     code, first = events(program, *run, "--until", "base")
     assert code == 0, code
-    code, second = events(program, *run, "--only", "longer", stop=lambda e: e["event"] == "checkpoint")
+    code, second = events(program, *run, "--only", "longer", stop=late)
     assert code == 75, code
     stored = os.path.join(PLACE, "runs")
     for unneeded in ["tmp", "cache"]:

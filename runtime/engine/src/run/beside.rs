@@ -114,8 +114,7 @@ impl<'a> Beside<'a> {
         };
         let entry = self.engine.entry(&self.stage.kind, self.stage.version)?;
         let scratch = Scratch(std::env::temp_dir().join(format!("dsv3-{}", nonce())));
-        let place =
-            Place { key: &self.key, epoch: EPOCH, at: Some(checkpoint), as_it_is: purpose == Purpose::Publish };
+        let place = Place { key: &self.key, epoch: EPOCH, at: Some(checkpoint), as_it_is: purpose == Purpose::Publish };
         let ctx = run.context(self.stage, place, (cancel.clone(), events), scratch.0.clone()).await?;
         let inputs = inputs_json(&entry, &self.inputs);
         let (outputs, ctx) = entry.run_on_thread(self.stage.config.clone(), inputs, ctx).await?;

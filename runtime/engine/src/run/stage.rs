@@ -395,7 +395,8 @@ fn came_out_differently(committed: &StageResult, again: &StageResult) -> Error {
         "done again from an earlier checkpoint, the stage made other bits of {}; the result that was committed first stays",
         names.join(", ")
     );
-    let help = "a machine, a build or a stored object is at fault: `dsv3-pipeline verify RUN STAGE --replay 10` tells more";
+    let help =
+        "a machine, a build or a stored object is at fault: `dsv3-pipeline verify RUN STAGE --replay 10` tells more";
     Error::data(message).help(help)
 }
 

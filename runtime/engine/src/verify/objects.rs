@@ -57,15 +57,18 @@ pub(super) struct Look<'a> {
 impl Engine {
     /// Stages of the run in the plan's order with their keys: from the results before them, or from what the run's status
     /// says where these cannot be used.
-    pub(super) async fn keys(&self, store: &Store, id: &str, plan: &Plan) -> Result<Vec<(String, String)>, EngineError> {
+    pub(super) async fn keys(
+        &self,
+        store: &Store,
+        id: &str,
+        plan: &Plan,
+    ) -> Result<Vec<(String, String)>, EngineError> {
         let said = summary(store, id.to_owned()).await?.keys;
         let (mut results, mut keys) = (BTreeMap::new(), Vec::new());
         for stage in &plan.stages {
             let mut key = said.get(&stage.name).cloned();
             // A stage type that this program does not know is looked up by what the status says.
-            if let (Ok(entry), Ok(inputs)) =
-                (self.entry(&stage.kind, stage.version), cached::inputs(stage, &results))
-            {
+            if let (Ok(entry), Ok(inputs)) = (self.entry(&stage.kind, stage.version), cached::inputs(stage, &results)) {
                 let computed = cached::key_record(plan, stage, &entry, &inputs)?.key();
                 if let Found::Whole(result) = cached::find(store, plan, computed).await? {
                     results.insert(stage.name.clone(), result);
@@ -230,8 +233,13 @@ impl<'a> Look<'a> {
                 self.sealed(&format!("{folder}/leases/{name}")).await?;
             }
         }
-        let mut stage =
-            VerifiedStage { stage: name.to_owned(), key: key.to_owned(), finished: false, outputs: 0, checkpoints: vec![] };
+        let mut stage = VerifiedStage {
+            stage: name.to_owned(),
+            key: key.to_owned(),
+            finished: false,
+            outputs: 0,
+            checkpoints: vec![],
+        };
         let path = format!("{folder}/result.json");
         if self.store.length(&path).await?.is_some() && self.read(&path).await?.is_some() {
             let result = self.store.read_result(key).await;

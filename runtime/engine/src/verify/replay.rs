@@ -148,12 +148,7 @@ async fn logged(
 }
 
 /// Events that are noted; the stage is stopped once step `target` is done.
-fn watch(
-    seen: Arc<Mutex<BTreeMap<(String, u64), f64>>>,
-    stop: Cancel,
-    asked: Cancel,
-    target: u64,
-) -> Events {
+fn watch(seen: Arc<Mutex<BTreeMap<(String, u64), f64>>>, stop: Cancel, asked: Cancel, target: u64) -> Events {
     Events::new(move |event: Event| {
         if let Some((name, step, value)) = metric(&event) {
             seen.lock().unwrap_or_else(PoisonError::into_inner).insert((name.to_owned(), step), value);
@@ -184,7 +179,9 @@ fn compare_figures(
         differences: Vec::new(),
     };
     let within = |step: u64| step > from.step && step <= target;
-    for ((name, step), value) in seen.iter().filter(|((name, step), _)| within(*step) && !CLOCKED.contains(&name.as_str())) {
+    for ((name, step), value) in
+        seen.iter().filter(|((name, step), _)| within(*step) && !CLOCKED.contains(&name.as_str()))
+    {
         let is_loss = name == "loss";
         if is_loss {
             replay.to_step = replay.to_step.max(*step);
@@ -220,7 +217,8 @@ async fn compare(store: &Store, old: &Checkpoint, left: &Store, new: &Checkpoint
             continue;
         }
         let rows = || 0..tensor.rows();
-        let (a, b) = (store.read_rows(old, &tensor.name, rows()).await?, left.read_rows(new, &tensor.name, rows()).await);
+        let (a, b) =
+            (store.read_rows(old, &tensor.name, rows()).await?, left.read_rows(new, &tensor.name, rows()).await);
         if b.map(|b| Digest::of(&b)).ok() != Some(Digest::of(&a)) {
             differences.push(format!("tensor {} has another digest", tensor.name));
         }

@@ -135,8 +135,14 @@ impl Bench {
             _ => {}
         });
         let clock = VirtualClock::default();
-        let host =
-            TrainHost { stage: "t", events: &events, cancel: &self.cancel, clock: &clock, checkpoints: &self.memory, as_it_is: false };
+        let host = TrainHost {
+            stage: "t",
+            events: &events,
+            cancel: &self.cancel,
+            clock: &clock,
+            checkpoints: &self.memory,
+            as_it_is: false,
+        };
         run_training(trainer, work, &host, options)
     }
 }
