@@ -18,7 +18,7 @@ use super::ceiling::Reader;
 
 /// Of weights and tokens.
 const SEED: u64 = 1;
-/// Rows whose logits exist at one time in training, as in the recipes.
+/// Rows whose logits are made at one time in training, as in the recipes.
 const LOGIT_ROWS: usize = 1024;
 /// Prompt tokens of one pass.
 const PREFILL_TOKENS: usize = 2048;

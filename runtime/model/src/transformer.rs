@@ -26,7 +26,7 @@ pub struct TrainOptions {
     pub recompute: bool,
     /// Keep hidden states and choices for inspection.
     pub observe: bool,
-    /// Rows whose logits exist at one time.
+    /// Rows whose logits are made at one time.
     pub logit_rows: usize,
 }
 

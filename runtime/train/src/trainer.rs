@@ -46,7 +46,7 @@ pub struct TrainerConfig {
     pub balance_alpha: f64,
     /// Keep layer inputs only and run layers again in the backward pass.
     pub recompute: bool,
-    /// Rows whose logits exist at one time.
+    /// Rows whose logits are made at one time.
     pub logit_rows: usize,
 }
 

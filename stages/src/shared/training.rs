@@ -70,7 +70,7 @@ pub(crate) struct TrainingOptions {
     /// Largest number of tokens of one forward pass; a step of more is split and its gradients are added.
     #[schemars(extend("x-key" = "numerics"))]
     pub(crate) micro_batch_tokens: usize,
-    /// Rows whose logits exist at one time.
+    /// Rows whose logits are made at one time.
     #[schemars(extend("x-key" = "numerics"))]
     pub(crate) logit_rows: usize,
     /// Keeps layer inputs only and runs layers again in the backward pass.

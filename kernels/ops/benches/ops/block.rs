@@ -13,7 +13,7 @@ use crate::harness::Amount::{Bytes, Flops};
 use crate::harness::Bench;
 use crate::shapes::{Shape, TOP_K};
 
-/// Rows whose logits exist at one time, as in the recipes.
+/// Rows whose logits are made at one time, as in the recipes.
 const LOGIT_ROWS: usize = 1024;
 
 /// Bytes of `arrays` arrays of `elements` f32.
