@@ -1,5 +1,6 @@
 //! End-to-end tests of the whole project. One binary: it links once, and `cargo test golden` picks out what it names.
 
+mod buckets;
 mod cli;
 mod clients;
 mod embed;

@@ -13,6 +13,7 @@ use std::{
     thread,
 };
 
+use dsv3_test_s3::S3Server;
 use serde_json::Value;
 
 /// The recipe.
@@ -25,8 +26,15 @@ pub(crate) fn file(name: &str) -> String {
     format!("{}/tests/data/tiny/{name}", env!("CARGO_MANIFEST_DIR"))
 }
 
-/// A store in a folder of its own.
-pub(crate) struct Place(tempfile::TempDir);
+/// A store in a folder of its own, or in a bucket.
+pub(crate) struct Place {
+    folder: tempfile::TempDir,
+    url: String,
+    /// Where the store's objects are files.
+    store: PathBuf,
+    /// Variables by which the program finds a bucket.
+    env: Vec<(String, String)>,
+}
 
 /// A signal for a watched process, and what to wait for before it is sent; the events are read meanwhile.
 pub(crate) struct Signal {
@@ -57,7 +65,19 @@ pub(crate) struct Ended {
 
 impl Place {
     pub(crate) fn new() -> Self {
-        Self(tempfile::tempdir().expect("a temporary folder"))
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        Self { url: "file://./runs".into(), store: folder.path().join("runs"), env: Vec::new(), folder }
+    }
+
+    /// A place whose store lies below `prefix` of the bucket of a server.
+    pub(crate) fn in_bucket(server: &S3Server, prefix: &str) -> Self {
+        let store = server.bucket_folder().join(prefix);
+        Self { url: server.url(prefix), store, env: server.env(), ..Self::new() }
+    }
+
+    /// The same place, its store given and reached in another way.
+    pub(crate) fn reached(self, url: impl Into<String>, env: Vec<(String, String)>) -> Self {
+        Self { url: url.into(), env, ..self }
     }
 
     /// A place whose store is a copy of that of another.
@@ -72,7 +92,7 @@ impl Place {
 
     /// Folder of the store and of files that the test writes.
     pub(crate) fn path(&self) -> &Path {
-        self.0.path()
+        self.folder.path()
     }
 
     pub(crate) fn write(&self, name: &str, content: impl AsRef<[u8]>) -> String {
@@ -87,6 +107,7 @@ impl Place {
             .args(args)
             .current_dir(self.path())
             .env("XDG_CACHE_HOME", Path::new(env!("CARGO_TARGET_TMPDIR")).join("cache"))
+            .envs(self.env.iter().cloned())
             .env_remove("RUST_LOG")
             .stdout(Stdio::piped())
             .stderr(Stdio::piped());
@@ -117,8 +138,7 @@ impl Place {
         planned: Option<Signal>,
         mut stop: impl FnMut(&Value) -> Option<Signal>,
     ) -> Ended {
-        let mut child =
-            self.command(args).args(["--json", "--store", "file://./runs"]).spawn().expect("the program runs");
+        let mut child = self.command(args).args(["--json", "--store", &self.url]).spawn().expect("the program runs");
         let stdout = child.stdout.take().expect("piped");
         narrow(&stdout);
         let stderr = child.stderr.take().expect("piped");
@@ -152,7 +172,7 @@ impl Place {
     }
 
     pub(crate) fn store(&self) -> PathBuf {
-        self.path().join("runs")
+        self.store.clone()
     }
 
     /// Path of the blob of `digest`, made writable: blobs are read-only.

@@ -23,7 +23,7 @@ pub(crate) struct PipelineArgs {
     /// Override a field by its dotted path, or a param by its name
     #[arg(long = "set", value_name = "PATH=VALUE")]
     pub(crate) sets: Vec<String>,
-    /// Store that replaces the one of the pipeline: file://, memory://, s3://, gs:// or az://
+    /// Store that replaces the one of the pipeline: file://, memory://, s3://, gs:// or az://, or {url: .., OPTION: ..}
     #[arg(long, value_name = "URL")]
     pub(crate) store: Option<String>,
     /// Compute threads; results do not depend on them
@@ -180,10 +180,11 @@ impl From<StoreError> for Failure {
 
 /// Opens the store of a command that reads no pipeline; a folder that is not there is not made.
 pub(crate) fn open_store(engine: &Engine, url: &str) -> Result<Store, Failure> {
-    let local = url.strip_prefix("file://").or((!url.contains("://")).then_some(url));
+    let (url, options) = Engine::parse_store(url)?;
+    let local = url.strip_prefix("file://").or((!url.contains("://")).then_some(url.as_str()));
     if let Some(path) = local.filter(|path| !std::path::Path::new(path).is_dir()) {
         let error = Error::invalid(format!("there is no store at {path}"));
         return Err(error.help("`--store` names the store; a run makes it").into());
     }
-    Ok(engine.open_store(url)?)
+    Ok(engine.open_store_with(&url, &options)?)
 }

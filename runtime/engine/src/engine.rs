@@ -9,7 +9,7 @@ use std::{
 use dsv3_core::{Clock, Error, SystemClock};
 use dsv3_hooks::Host;
 use dsv3_stage::StageEntry;
-use dsv3_store::{Holder, LeaseOptions, Store};
+use dsv3_store::{Holder, LeaseOptions, Store, StoreOptions};
 
 use crate::{
     check::{self, Spec},
@@ -89,7 +89,7 @@ pub struct Engine {
     pub(crate) cache_dir: Option<PathBuf>,
     pub(crate) clock: Arc<dyn Clock>,
     pub(crate) lease: LeaseOptions,
-    stores: Mutex<BTreeMap<String, Store>>,
+    stores: Mutex<BTreeMap<String, (Store, StoreOptions)>>,
     host: OnceLock<Arc<Host>>,
     /// Who leases say that this is; this process when absent.
     holder: Option<Holder>,
@@ -148,7 +148,7 @@ impl Engine {
     /// # Errors
     /// Files that cannot be read, a store that cannot be opened.
     pub async fn plan(&self, spec: Spec) -> Result<Plan, EngineError> {
-        let store = self.open_store(spec.store())?;
+        let store = self.open_store_with(spec.store(), spec.store_options())?;
         plan::make(spec, &store).await
     }
 
@@ -160,15 +160,35 @@ impl Engine {
         if let Some(store) = &self.store {
             return Ok(store.clone());
         }
-        let mut stores = self.stores.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(store) = stores.get(url) {
+        self.open_store_with(url, &StoreOptions::default())
+    }
+
+    /// [`Self::open_store`] with options.
+    ///
+    /// # Errors
+    /// As [`Self::open_store`]; an option that the scheme does not have.
+    pub fn open_store_with(&self, url: &str, options: &StoreOptions) -> Result<Store, EngineError> {
+        if let Some(store) = &self.store {
             return Ok(store.clone());
         }
-        let store = Store::open(url)?;
         // Under both names: the plan records the store's own.
-        stores.insert(store.url().to_owned(), store.clone());
-        stores.insert(url.to_owned(), store.clone());
+        let mut stores = self.stores.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((store, _)) = stores.get(url).filter(|(_, known)| known == options) {
+            return Ok(store.clone());
+        }
+        let store = Store::open_with(url, options, &[])?;
+        for name in [store.url(), url] {
+            stores.insert(name.to_owned(), (store.clone(), options.clone()));
+        }
         Ok(store)
+    }
+
+    /// The store of a `--store`: a URL, or a map in braces as `store:` of a pipeline takes it.
+    ///
+    /// # Errors
+    /// The problems of a map, each at its place.
+    pub fn parse_store(text: &str) -> Result<(String, StoreOptions), Diagnostics> {
+        spec::store::parse(text)
     }
 
     /// The stage type of a planned stage, of the version it was planned with.

@@ -106,7 +106,7 @@ impl Engine {
     /// # Errors
     /// When the store cannot be read.
     pub async fn states(&self, plan: &Plan) -> Result<Vec<StageState>, EngineError> {
-        let store = self.open_store(&plan.store)?;
+        let store = self.open_store_with(&plan.store, &plan.store_options)?;
         let known = self.know(&store, plan, None).await?;
         Ok(known.into_iter().map(|known| known.state).collect())
     }
@@ -116,7 +116,7 @@ impl Engine {
     /// # Errors
     /// Invalid when there is no such stage; when the store cannot be read.
     pub async fn explain(&self, plan: &Plan, name: &str) -> Result<Explanation, EngineError> {
-        let store = self.open_store(&plan.store)?;
+        let store = self.open_store_with(&plan.store, &plan.store_options)?;
         let stage = plan.stage(name)?;
         let needed = plan.ancestors(name);
         let known = self.know(&store, plan, Some(&needed)).await?;

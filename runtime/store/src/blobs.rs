@@ -84,6 +84,12 @@ impl Store {
     /// Stores the content of a local file, in constant memory.
     pub async fn put_blob_file(&self, path: &Path) -> Result<(Digest, u64)> {
         let Some(root) = self.local_files().cloned() else {
+            let read = StoreError::io("read", path);
+            if tokio::fs::metadata(path).await.is_ok_and(|found| found.len() <= self.options().part_bytes()) {
+                let bytes = Bytes::from(tokio::fs::read(path).await.map_err(read)?);
+                let length = bytes.len() as u64;
+                return Ok((self.put_blob(bytes).await?, length));
+            }
             let (digest, bytes) = hash_file(path).await?;
             if !self.keep_existing(digest, bytes).await? {
                 self.upload(&blob_path(digest), &Content::File(path.to_owned(), bytes), digest).await?;
@@ -140,7 +146,9 @@ impl Store {
                 (Bytes::from(bytes), found)
             }
             None => {
-                let (bytes, found, _) = self.download(&path, Vec::new()).await?;
+                let length = self.length_to_read(&path).await?;
+                let room = Vec::with_capacity(usize::try_from(length).unwrap_or_default());
+                let (bytes, found) = self.download(&path, length, room).await?;
                 (Bytes::from(bytes), found)
             }
         };
@@ -195,7 +203,8 @@ impl Store {
     /// Streams a blob into `to`, comparing the digest at the end: on an error what was written is worthless.
     pub(crate) async fn stream_blob(&self, digest: Digest, to: impl Write + Send + 'static) -> Result<()> {
         let path = blob_path(digest);
-        let (_, found, bytes) = self.download(&path, to).await?;
+        let bytes = self.length_to_read(&path).await?;
+        let (_, found) = self.download(&path, bytes, to).await?;
         self.set_verified(digest, found == digest);
         if found == digest { Ok(()) } else { Err(self.wrong_digest(&path, bytes, None)) }
     }

@@ -230,8 +230,7 @@ impl Store {
     /// # Errors
     /// [`StoreError::Missing`] when there is no such object.
     pub async fn read_range(&self, path: &str, range: Range<u64>) -> Result<Bytes> {
-        let missing = || StoreError::Missing { op: "read", path: self.display_path(path) };
-        let length = self.length(path).await?.ok_or_else(missing)?;
+        let length = self.length_to_read(path).await?;
         let range = range.start..range.end.min(length);
         if range.is_empty() {
             return Ok(Bytes::new());

@@ -212,15 +212,22 @@ impl Store {
         sent
     }
 
-    /// Reads all of `path` into `sink`, in order, with several ranges under way; answers the sink, digest and length.
-    ///
-    /// # Errors
-    /// [`StoreError::Missing`] when there is no such object.
-    pub(crate) async fn download<W: Write + Send + 'static>(&self, path: &str, sink: W) -> Result<(W, Digest, u64)> {
+    /// Length of the object `path`, which must be there.
+    pub(crate) async fn length_to_read(&self, path: &str) -> Result<u64> {
+        let missing = || StoreError::Missing { op: "read", path: self.display_path(path) };
+        self.length(path).await?.ok_or_else(missing)
+    }
+
+    /// Reads all of `path`, `bytes` long, into `sink`, in order, with several ranges under way; answers the sink and the
+    /// digest.
+    pub(crate) async fn download<W: Write + Send + 'static>(
+        &self,
+        path: &str,
+        bytes: u64,
+        sink: W,
+    ) -> Result<(W, Digest)> {
         let (location, shown) = (self.location(path)?, self.display_path(path));
         let error = |error| StoreError::object("read", &shown, error);
-        let bytes = self.length(path).await?;
-        let bytes = bytes.ok_or_else(|| StoreError::Missing { op: "read", path: shown.clone() })?;
         let (sender, receiver) = mpsc::channel::<Bytes>(CHUNKS_WAITING);
         let hashing = tokio::task::spawn_blocking(move || hash_chunks(receiver, sink));
         let fetched = futures::stream::iter(ranges(bytes, self.options().part_bytes()))
@@ -235,7 +242,7 @@ impl Store {
             .await;
         drop(sender);
         let (sink, digest) = hashing.await?.map_err(StoreError::io("write a copy of", &shown))?;
-        fetched.map(|()| (sink, digest, bytes))
+        fetched.map(|()| (sink, digest))
     }
 }
 

@@ -26,6 +26,7 @@ use crate::{
 pub struct Spec {
     pub(crate) name: String,
     pub(crate) store: String,
+    pub(crate) store_options: dsv3_store::StoreOptions,
     pub(crate) seed: u64,
     pub(crate) threads: Option<usize>,
     pub(crate) device: String,
@@ -45,6 +46,11 @@ impl Spec {
     /// URL of the store it runs in.
     pub fn store(&self) -> &str {
         &self.store
+    }
+
+    /// How that store is reached.
+    pub fn store_options(&self) -> &dsv3_store::StoreOptions {
+        &self.store_options
     }
 
     /// Whether inputs lie in object stores, which are read only when the pipeline is planned to run.
@@ -157,10 +163,22 @@ pub(crate) fn check(
     let mut problems = checker.problems;
     problems.extend(reading.problems.iter().cloned());
     let (name, seed) = (written.name.clone(), written.seed);
+    let store_options = written.store_options.clone();
     let store = absolute(&written.store, &reading.current_dir);
     let (threads, device, lease) = (written.threads, written.device.text.clone(), written.lease);
     if problems.is_empty() {
-        return Ok(Spec { name, store, seed, threads, device, lease, hooks, stages, sources: reading.sources });
+        return Ok(Spec {
+            name,
+            store,
+            store_options,
+            seed,
+            threads,
+            device,
+            lease,
+            hooks,
+            stages,
+            sources: reading.sources,
+        });
     }
     Err(Diagnostics::new(reading.sources, problems))
 }

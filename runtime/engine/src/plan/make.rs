@@ -50,6 +50,7 @@ pub(crate) async fn make(spec: Spec, store: &Store) -> Result<Plan, EngineError>
         format: Plan::FORMAT,
         name: spec.name,
         store: store.url().to_owned(),
+        store_options: spec.store_options,
         seed: spec.seed,
         threads: spec.threads,
         device: spec.device,

@@ -114,6 +114,9 @@ pub struct Plan {
     pub name: String,
     /// URL of the store.
     pub store: String,
+    /// How the store is reached, as the pipeline said; credentials are never in it.
+    #[serde(default, skip_serializing_if = "dsv3_store::StoreOptions::is_default")]
+    pub store_options: dsv3_store::StoreOptions,
     /// Seed of everything random.
     pub seed: u64,
     /// Compute threads; the machine's cores when absent.

@@ -15,7 +15,7 @@ use std::{
 };
 
 use dsv3_core::{Cancel, Digest, Error, ErrorKind, Event, Events, Figure, Level, Outcome, run_id};
-use dsv3_store::{EventLog, RunStatus, StageResult, Store, nonce};
+use dsv3_store::{CreateMode, EventLog, RunStatus, StageResult, Store, nonce};
 use serde_json::Value;
 
 pub use select::Selection;
@@ -129,7 +129,8 @@ impl Engine {
     /// The error of the stage that failed, after everything committed was kept and `RunFinished` was sent; kind
     /// `Cancelled` when the run was asked to stop.
     pub async fn run(&self, plan: &Plan, options: &RunOptions) -> Result<RunReport, EngineError> {
-        let store = self.open_store(&plan.store)?;
+        let store = self.open_store_with(&plan.store, &plan.store_options)?;
+        let weaker = self.probe(&store, plan).await?;
         let random = u128::from_str_radix(&nonce(), 16).unwrap_or_default();
         let id = run_id(self.clock.unix_millis(), random);
         let names = options.select.names(plan)?;
@@ -139,7 +140,7 @@ impl Engine {
             debug_assert_eq!(stored, *digest);
         }
         store.create_run(&id, plan.to_bytes().into()).await?;
-        self.walk(&store, plan, &id, names, options).await
+        self.walk(&store, plan, &id, names, options, weaker).await
     }
 
     /// Goes on with a stored run under its own id.
@@ -149,7 +150,8 @@ impl Engine {
     pub async fn resume(&self, store: &Store, id: &str, options: &RunOptions) -> Result<RunReport, EngineError> {
         let plan = self.stored_plan(store, id).await?;
         let names = options.select.names(&plan)?;
-        self.walk(store, &plan, id, names, options).await
+        let weaker = self.probe(store, &plan).await?;
+        self.walk(store, &plan, id, names, options, weaker).await
     }
 
     /// Runs one stage of a stored run, from the store alone. Its upstream must be finished.
@@ -166,7 +168,20 @@ impl Engine {
         let plan = self.stored_plan(store, id).await?;
         plan.stage(stage)?;
         let names = vec![stage.to_owned()];
-        self.walk(store, &plan, id, names, options).await
+        let weaker = self.probe(store, &plan).await?;
+        self.walk(store, &plan, id, names, options, weaker).await
+    }
+
+    /// Finds out whether the store honours conditional create; answers what a run says when it goes on without.
+    async fn probe(&self, store: &Store, plan: &Plan) -> Result<Option<String>, EngineError> {
+        let mode = store.probe(plan.store_options.conditional_create).await?;
+        Ok((mode == CreateMode::SingleWriter).then(|| {
+            format!(
+                "{} does not honour conditional create, and `conditional_create: single_writer` promises that no other \
+                 process works on it: two at a time could both commit",
+                store.url()
+            )
+        }))
     }
 
     async fn walk(
@@ -176,6 +191,7 @@ impl Engine {
         id: &str,
         names: Vec<String>,
         options: &RunOptions,
+        weaker: Option<String>,
     ) -> Result<RunReport, EngineError> {
         let log = EventLog::start(store.clone(), id);
         let (to_log, to_caller) = (log.sink(), options.events.clone());
@@ -187,7 +203,7 @@ impl Engine {
         let (reports, results) = (Vec::new(), BTreeMap::new());
         let handed_over = AtomicBool::new(false);
         let mut run = Run { engine: self, plan, store, id, options, events, reports, results, handed_over };
-        let ended = run.all(&names).await;
+        let ended = run.all(&names, weaker).await;
         let outcome = ended.as_ref().map_or_else(outcome_of, |()| Outcome::Done);
         let status = match run.handed_over.load(Ordering::SeqCst) {
             true => Ok(()),
@@ -213,9 +229,12 @@ pub(crate) fn figure_json(figure: &Figure) -> Value {
 }
 
 impl Run<'_> {
-    async fn all(&mut self, names: &[String]) -> Result<(), Error> {
+    async fn all(&mut self, names: &[String], weaker: Option<String>) -> Result<(), Error> {
         let (run, pipeline) = (self.id.to_owned(), self.plan.name.clone());
         self.events.emit(Event::RunStarted { run, pipeline, stages: names.to_vec() });
+        if let Some(message) = weaker {
+            self.warn("store", message);
+        }
         self.write_status("running", None).await?;
         for stage in &self.plan.stages {
             let selected = names.contains(&stage.name);

@@ -5,6 +5,7 @@
 //! takes. What a schema cannot say (edges, files, numeric relations) is left to `validate`.
 
 use dsv3_stage::{PortSpec, StageEntry};
+use dsv3_store::StoreOptions;
 use serde_json::{Map, Value, json};
 
 use crate::spec::{HookLimits, LeaseSettings};
@@ -42,6 +43,8 @@ pub(crate) fn pipeline(entries: &[StageEntry]) -> Value {
     defs.insert("hook".to_owned(), hook(&mut Map::new()));
     let lease = hoist(schemars::schema_for!(LeaseSettings).to_value(), "lease", &mut defs);
     defs.insert("lease".to_owned(), lease);
+    let store = store(&mut defs);
+    defs.insert("store".to_owned(), store);
     json!({
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "dsv3-pipeline",
@@ -52,7 +55,11 @@ pub(crate) fn pipeline(entries: &[StageEntry]) -> Value {
             "version": { "const": 1, "description": "Version of this format." },
             "name": { "type": "string", "description": "Name in reports; the file's name when absent." },
             "params": { "type": "object", "description": "Values for `${params.NAME}`; `--set NAME=VALUE` replaces one." },
-            "store": { "type": "string", "description": "Where results are kept: file://, memory://, s3://, gs:// or az://.", "default": "file://./runs" },
+            "store": {
+                "description": "Where results are kept: file://, memory://, s3://, gs:// or az://; a URL, or a map of it and options.",
+                "anyOf": [{ "type": "string" }, { "$ref": "#/$defs/store" }],
+                "default": "file://./runs",
+            },
             "seed": typed(json!({ "type": "integer", "minimum": 0 }), "Seed of everything random."),
             "threads": typed(json!({ "type": "integer", "minimum": 1 }), "Compute threads; never changes results."),
             "device": { "type": "string", "description": "Where tensors live.", "default": "cpu" },
@@ -138,6 +145,17 @@ fn inputs(ports: &[PortSpec]) -> Value {
         .collect();
     let required: Vec<&str> = ports.iter().filter(|port| port.required).map(|port| port.name).collect();
     json!({ "type": "object", "properties": properties, "required": required, "additionalProperties": false })
+}
+
+/// Options and, beside them, the URL.
+fn store(defs: &mut Map<String, Value>) -> Value {
+    let mut store = hoist(schemars::schema_for!(StoreOptions).to_value(), "store", defs);
+    let url = json!({ "type": "string", "description": "file://, memory://, s3://, gs:// or az://." });
+    if let Some(properties) = store.get_mut("properties").and_then(Value::as_object_mut) {
+        properties.insert("url".to_owned(), url);
+    }
+    store["required"] = json!(["url"]);
+    store
 }
 
 fn hook(defs: &mut Map<String, Value>) -> Value {

@@ -9,6 +9,7 @@ mod params;
 mod read;
 mod runner;
 mod set;
+pub(crate) mod store;
 
 use std::{collections::BTreeMap, path::PathBuf};
 
@@ -24,7 +25,7 @@ use crate::{
 pub struct LoadOptions {
     /// `PATH=VALUE` overrides, in order.
     pub sets: Vec<String>,
-    /// Store that replaces the one the file names.
+    /// Store that replaces the one the file names: a URL, or a map in braces as `store:` takes it.
     pub store: Option<String>,
     /// Compute threads that replace those the file names.
     pub threads: Option<usize>,
@@ -124,6 +125,7 @@ pub(crate) struct StageSpec {
 pub(crate) struct Written {
     pub(crate) name: String,
     pub(crate) store: String,
+    pub(crate) store_options: dsv3_store::StoreOptions,
     pub(crate) seed: u64,
     pub(crate) threads: Option<usize>,
     pub(crate) device: Word,
@@ -164,6 +166,14 @@ pub(crate) fn read(name: &str, text: &str, base: PathBuf, options: &LoadOptions)
     if let Some(mut root) = root.filter(|root| root.value != Value::Null) {
         for argument in &options.sets {
             let source = Source::new(format!("--set {argument}"), argument.clone(), reading.current_dir.clone());
+            let index = reading.sources.add(source);
+            if let Some(source) = reading.sources.get(index) {
+                set::apply(&mut root, index, source, &mut problems);
+            }
+        }
+        if let Some(store) = options.store.as_ref().filter(|store| store::is_map(store)) {
+            let text = format!("store={store}");
+            let source = Source::new(format!("--{text}"), text, reading.current_dir.clone());
             let index = reading.sources.add(source);
             if let Some(source) = reading.sources.get(index) {
                 set::apply(&mut root, index, source, &mut problems);

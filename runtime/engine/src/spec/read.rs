@@ -3,9 +3,10 @@
 use super::{
     HookLimits, HookSpec, InputSpec, LeaseSettings, LoadOptions, StageSpec, Word, Written,
     fields::{Fields, first, lacks},
+    store,
 };
 use crate::{
-    diagnostics::{Diagnostic, Span, list},
+    diagnostics::{Diagnostic, Span},
     schema,
     yaml::{Entry, Node, Value},
 };
@@ -27,10 +28,12 @@ pub(super) fn written(
     root.entries()?;
     version(&mut fields, entries, top);
     let name = first(entries, "name").and_then(|entry| fields.text(&entry.value, entry.key_span, "`name`"));
-    let store = first(entries, "store").and_then(|entry| fields.text(&entry.value, entry.key_span, "`store`"));
-    if let Some(store) = store.as_ref().filter(|_| options.store.is_none()) {
-        store_scheme(&mut fields, store);
-    }
+    let (store, store_options) = match (&options.store, first(entries, "store")) {
+        // One that is replaced need not be good.
+        (Some(url), _) if !store::is_map(url) => (Some(url.clone()), None),
+        (_, Some(entry)) => store::read(&mut fields, &entry.value, entry.key_span).unzip(),
+        (_, None) => (None, None),
+    };
     if let Some(params) = first(entries, "params") {
         fields.open_map(&params.value, params.key_span, "`params`");
     }
@@ -52,7 +55,8 @@ pub(super) fn written(
     }
     Some(Written {
         name: name.map_or(default_name, |name| name.text),
-        store: options.store.clone().or(store.map(|store| store.text)).unwrap_or_else(|| "file://./runs".to_owned()),
+        store: store.unwrap_or_else(|| "file://./runs".to_owned()),
+        store_options: store_options.unwrap_or_default(),
         seed: seed.unwrap_or(0) as u64,
         threads: options.threads.or(threads.map(|threads| threads as usize)),
         lease,
@@ -72,16 +76,6 @@ fn version(fields: &mut Fields<'_>, entries: &[Entry], top: Span) {
             fields.problem(entry.value.span, message);
         }
         _ => {}
-    }
-}
-
-fn store_scheme(fields: &mut Fields<'_>, store: &Word) {
-    const SCHEMES: [&str; 5] = ["file", "memory", "s3", "gs", "az"];
-    // A plain path is a folder, as on the command line.
-    let scheme = store.text.split_once("://").map(|(scheme, _)| scheme);
-    if scheme.is_some_and(|scheme| !SCHEMES.contains(&scheme)) || store.text.is_empty() {
-        let problem = Diagnostic::new(store.span, format!("`{}` is not the URL of a store", store.text));
-        fields.problems.push(problem.help(format!("schemes: {}; `file://./runs` is a folder here", list(SCHEMES))));
     }
 }
 
@@ -143,8 +137,19 @@ fn typed<T: serde::de::DeserializeOwned + schemars::JsonSchema>(
     what: &str,
 ) -> Option<T> {
     let entry = first(entries, key)?;
-    let (mut node, root) = (entry.value.clone(), schemars::schema_for!(T).to_value());
-    let found = schema::check(&root, &root, &mut node, entry.key_span, key);
+    typed_node(fields, entry.value.clone(), entry.key_span, key, what)
+}
+
+/// A value whose type has a JSON Schema; `at` is where its key stands.
+pub(super) fn typed_node<T: serde::de::DeserializeOwned + schemars::JsonSchema>(
+    fields: &mut Fields<'_>,
+    mut node: Node,
+    at: Span,
+    key: &str,
+    what: &str,
+) -> Option<T> {
+    let (root, span) = (schemars::schema_for!(T).to_value(), node.span);
+    let found = schema::check(&root, &root, &mut node, at, key);
     if !found.is_empty() {
         fields.problems.extend(found);
         return None;
@@ -152,7 +157,7 @@ fn typed<T: serde::de::DeserializeOwned + schemars::JsonSchema>(
     match serde_json::from_value(node.to_json()) {
         Ok(value) => Some(value),
         Err(error) => {
-            fields.problem(entry.value.span, format!("`{key}` of {what}: {error}"));
+            fields.problem(span, format!("`{key}` of {what}: {error}"));
             None
         }
     }

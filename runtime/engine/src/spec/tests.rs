@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::diagnostics::Diagnostics;
+use dsv3_store::StoreOptions;
 
 const TEXT: &str = "version: 1
 params: { steps: 600, data: in.parquet, out: \"${env.OUT}\" }
@@ -109,6 +110,56 @@ stages:
     ] {
         assert!(all.contains(part), "{part} in\n{all}");
     }
+}
+
+#[test]
+fn a_store_is_a_url_or_a_map_of_it_and_options() {
+    let store = |line: &str, option: Option<&str>| {
+        let text = format!("version: 1\nparams: {{ p: s3://bucket/p, n: 3 }}\n{line}\nstages: {{}}\n");
+        let options = LoadOptions { store: option.map(str::to_owned), ..LoadOptions::default() };
+        let reading = read("p.yaml", &text, PathBuf::new(), &options);
+        let problems = Diagnostics::new(reading.sources.clone(), reading.problems.clone()).problems;
+        let said = |p: &Diagnostic| format!("{} {}", reading.sources.locate(p.span), p.message);
+        let problems: Vec<String> = problems.iter().map(said).collect();
+        (reading.written.map(|written| (written.store, written.store_options)), problems.join("\n"))
+    };
+    let (read, problems) =
+        store("store: { url: \"${params.p}\", endpoint: http://h:9, attempts: \"${params.n}\" }", None);
+    let (url, options) = read.unwrap();
+    assert_eq!((problems.as_str(), url.as_str()), ("", "s3://bucket/p"));
+    assert_eq!((options.endpoint.as_deref(), options.attempts, options.parallel), (Some("http://h:9"), 3, 8));
+    for (line, part) in [
+        ("store: { endpoint: http://h:9 }", "p.yaml:3:1 `store` lacks `url`"),
+        ("store: { url: s3://b, endpiont: x }", "p.yaml:3:23 unknown key `endpiont` in `store`"),
+        ("store: { url: s3://b, part_mib: 4 }", "p.yaml:3:33 `store.part_mib` is at least 5"),
+        ("store: { url: s3://b, path_style: maybe }", "p.yaml:3:35 `store.path_style` takes true or false"),
+        ("store: { url: s3://b, conditional_create: never }", "`store.conditional_create` cannot be"),
+        ("store: { url: s4://b }", "`s4://b` is not the URL of a store"),
+        (
+            "store: { url: ./runs, region: eu }",
+            "p.yaml:3:15 \"./runs\" is not a store: a file:// store has no `region`",
+        ),
+        ("store: [s3://b]", "`store` is a text; this is a list"),
+    ] {
+        let (_, problems) = store(line, None);
+        assert!(problems.contains(part), "{line}: {part} in\n{problems}");
+    }
+    // What replaces it replaces all of it.
+    let (read, problems) = store("store: { url: s4://b, region: eu }", Some("file://./x"));
+    assert_eq!((problems.as_str(), read), ("", Some(("file://./x".to_owned(), StoreOptions::default()))));
+    let (read, _) = store("store: ./runs", Some("{ url: s3://b, allow_http: true }"));
+    let (url, options) = read.unwrap();
+    assert_eq!((url.as_str(), options.allow_http), ("s3://b", Some(true)));
+    let (_, problems) = store("", Some("{ url: s3://b, regoin: x }"));
+    assert!(problems.contains("--store={ url: s3://b, regoin: x }:1:23 unknown key `regoin`"), "{problems}");
+    let text = format!("{TEXT}store: {{ url: s3://b }}\n");
+    let (reading, problems) = load(&text, &["store.endpoint=http://h:9", "store.attempts=2"]);
+    assert_eq!(problems, Vec::<String>::new());
+    let options = reading.written.unwrap().store_options;
+    assert_eq!((options.endpoint.as_deref(), options.attempts), (Some("http://h:9"), 2));
+    let refused = super::store::parse("{ url: s3://b, regoin: x }").unwrap_err().to_string();
+    assert!(refused.contains("regoin"), "{refused}");
+    assert_eq!(super::store::parse("s3://b").unwrap().0, "s3://b");
 }
 
 #[test]
