@@ -20,13 +20,16 @@ pub(super) const EXTENDED: Training = Training { stage: "extended", steps: 24, i
 pub(super) const SFT: Training = Training { stage: "sft", steps: 20, interval: 4 };
 pub(super) const RL: Training = Training { stage: "rl", steps: 16, interval: 3 };
 
-/// Metrics by step and name, without the only one that is a clock's.
+/// Metrics that tell of the machine.
+const CLOCKED: [&str; 3] = ["tokens_per_second", "checkpoint_stall_seconds", "checkpoint_save_seconds"];
+
+/// Metrics by step and name, without those of a clock.
 pub(super) fn metrics(ended: &Ended, stage: &str) -> BTreeMap<(u64, String), f64> {
     let metric = |event: &Value| {
         let name = event["name"].as_str().expect("a name").to_owned();
         ((event["step"].as_u64().expect("a step"), name), event["value"].as_f64().unwrap_or(f64::NAN))
     };
-    ended.of("metric", stage).map(metric).filter(|((_, name), _)| name != "tokens_per_second").collect()
+    ended.of("metric", stage).map(metric).filter(|((_, name), _)| !CLOCKED.contains(&name.as_str())).collect()
 }
 
 /// First and last step that the stage reported in this process; none when it made no step.

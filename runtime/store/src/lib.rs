@@ -48,5 +48,5 @@ pub use object::{Create, Store};
 pub use options::{ConditionalCreate, StoreOptions};
 pub use probe::CreateMode;
 pub use result::{OutputEntry, StageResult};
-pub use runs::{EventLog, RunStatus, first_unreadable_line, parse_events};
+pub use runs::{EventLog, RunStatus, parse_events, segment_problem};
 pub use shards::{TensorEntry, TensorRole, TensorSlice, TensorType, rows_of_rank};

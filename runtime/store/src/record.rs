@@ -34,9 +34,10 @@ pub(crate) fn seal<T: Serialize>(path: &str, body: &T) -> Result<Bytes> {
     Ok(Bytes::from(bytes))
 }
 
-/// `{"build":..,"format":1}`: what a stored text that is no sealed record begins with, or all that it says.
-pub(crate) fn header_line() -> Vec<u8> {
-    format!("{{\"build\":\"{BUILD}\",\"format\":{FORMAT}}}\n").into_bytes()
+/// The first line of a text of many lines, with the digest of the `rest`.
+pub(crate) fn header_line(rest: &[u8]) -> Vec<u8> {
+    let check = dsv3_core::Digest::of(rest);
+    format!("{{\"build\":\"{BUILD}\",\"check\":\"{check}\",\"format\":{FORMAT}}}\n").into_bytes()
 }
 
 /// The body of a record of format 1, after its check and its format.

@@ -7,7 +7,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use dsv3_core::{Event, Events};
+use dsv3_core::{Digest, Event, Events};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tokio::{sync::mpsc, task::JoinHandle};
@@ -147,13 +147,18 @@ fn check_segment(path: &str, segment: &[u8]) -> Result<()> {
     first.map_or(Ok(()), |header| record::check_format(&header, u64::from(record::FORMAT), path))
 }
 
-/// Number of the first line of a segment, from 1, that is neither an event nor the header.
-pub fn first_unreadable_line(segment: &[u8]) -> Option<usize> {
-    let lines = segment.split(|byte| *byte == b'\n').enumerate();
-    let unreadable = |(i, line): &(usize, &[u8])| {
-        !line.is_empty() && serde_json::from_slice::<Event>(line).is_err() && (*i > 0 || header(line).is_none())
-    };
-    lines.into_iter().find(unreadable).map(|(i, _)| i + 1)
+/// What is wrong with a segment, if anything: its header holds the digest of what follows, unless it is an old one.
+pub fn segment_problem(segment: &[u8]) -> Option<String> {
+    let cut = segment.iter().position(|byte| *byte == b'\n').map_or(segment.len(), |end| end + 1);
+    let (first, rest) = segment.split_at(cut);
+    let header = header(first);
+    let check = header.as_ref().and_then(|header| header.get("check")?.as_str());
+    if check.is_some_and(|check| check != Digest::of(rest).to_string()) {
+        return Some("its check digest does not match".to_owned());
+    }
+    let mut lines = segment.split(|byte| *byte == b'\n').enumerate().skip(usize::from(header.is_some()));
+    let bad = lines.find(|(_, line)| !line.is_empty() && serde_json::from_slice::<Event>(line).is_err());
+    bad.map(|(i, _)| format!("line {} is no event", i + 1))
 }
 
 fn numbered(folder: &str, number: u64, suffix: &str) -> String {
@@ -201,7 +206,7 @@ impl EventLog {
 async fn write_segments(store: Store, folder: String, mut events: mpsc::UnboundedReceiver<Event>) -> Result<()> {
     let mut number = store.last_number(&folder, ".jsonl").await? + 1;
     while let Some(first) = events.recv().await {
-        let mut segment = record::header_line();
+        let mut segment = Vec::new();
         push_line(&mut segment, &first);
         let deadline = tokio::time::Instant::now() + SEGMENT_WAIT;
         for _ in 1..SEGMENT_EVENTS {
@@ -210,7 +215,7 @@ async fn write_segments(store: Store, folder: String, mut events: mpsc::Unbounde
                 Ok(None) | Err(_) => break,
             }
         }
-        let segment = Bytes::from(segment);
+        let segment = Bytes::from([record::header_line(&segment), segment].concat());
         while store.create(&numbered(&folder, number, ".jsonl"), segment.clone()).await? == Create::AlreadyExists {
             number += 1;
         }

@@ -156,8 +156,8 @@ impl<'a> Look<'a> {
         for name in self.store.list(&format!("{folder}/events")).await? {
             let path = format!("{folder}/events/{name}");
             let Some(bytes) = self.read(&path).await? else { continue };
-            if let Some(line) = dsv3_store::first_unreadable_line(&bytes) {
-                self.damage(&path, format!("line {line} is no event"));
+            if let Some(problem) = dsv3_store::segment_problem(&bytes) {
+                self.damage(&path, problem);
             }
         }
         Ok(plan)

@@ -154,5 +154,12 @@ async fn runs_keep_plan_status_and_events() {
     }
     let events = store.read_events("r1").await.unwrap();
     assert_eq!(events.len(), 3000);
+    for segment in store.read_event_segments("r1").await.unwrap() {
+        assert_eq!(crate::segment_problem(&segment), None);
+        let mut changed = segment.to_vec();
+        let at = changed.len() - 4;
+        changed[at] ^= 1;
+        assert_eq!(crate::segment_problem(&changed).as_deref(), Some("its check digest does not match"));
+    }
     assert_eq!(events[2999], Event::Checkpoint { stage: "s".into(), seq: 1499, step: 1 });
 }
