@@ -53,10 +53,11 @@ pub use dsv3_core::{
     GuardAction, GuardRecord, Kind, Level, Manifest, Outcome, SystemClock, VirtualClock, kinds,
 };
 pub use dsv3_engine::{
-    At, Attempt, Contrast, Damage, Diagnostic, Diagnostics, Engine, EngineBuilder, EngineError, Explanation, Exported,
-    FigureRow, Floor, HookLimits, InputRef, LoadOptions, Machine, Matrix, Plan, PlannedHook, PlannedInput,
-    PlannedStage, Replay, Report, ReportedRun, ReportedStage, RunOptions, RunReport, RunSummary, Selection, Spec,
-    Spread, StageReport, StageState, Standing, State, Variant, Verification, VerifiedStage, VerifyOptions,
+    At, Attempt, ChaosOptions, ChaosPoint, ChaosReport, ChaosRow, ChaosTrial, Contrast, Damage, Diagnostic,
+    Diagnostics, Engine, EngineBuilder, EngineError, Explanation, Exported, FigureRow, Floor, HookLimits, InputRef,
+    LoadOptions, Machine, Matrix, Plan, PlannedHook, PlannedInput, PlannedStage, Replay, Report, ReportedRun,
+    ReportedStage, RunOptions, RunReport, RunSummary, Selection, Spec, Spread, StageReport, StageState, Standing,
+    State, TrialEnd, Variant, Verification, VerifiedStage, VerifyOptions,
 };
 pub use dsv3_stage::{
     Ctx, Device, HookPort, InputFacts, NoPorts, OutputFacts, PortFacts, PortSpec, Ports, Problems, Stage, StageEntry,

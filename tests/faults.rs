@@ -4,6 +4,7 @@
 
 mod attempts;
 mod damage;
+mod flips;
 mod guard;
 mod kills;
 mod no_writes;

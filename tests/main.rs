@@ -1,6 +1,7 @@
 //! End-to-end tests of the whole project. One binary: it links once, and `cargo test golden` picks out what it names.
 
 mod buckets;
+mod chaos;
 mod cli;
 mod clients;
 mod embed;

@@ -223,7 +223,7 @@ fn matrix(report: &ChaosReport, seconds: f64) -> String {
     lines.extend(report.rows().iter().map(line));
     lines.extend(report.totals().into_iter().map(|row| line(&ChaosRow { stage: "all stages".to_owned(), ..row })));
     if !report.clocked.is_empty() {
-        lines.push(format!("\nnot compared, since a clock measures them: {}", report.clocked.join(", ")));
+        lines.push(format!("\nnot compared, since a clock has a hand in them: {}", report.clocked.join(", ")));
     }
     let same = report.trials.len() - report.failed().count();
     let again: u32 = report.trials.iter().map(|trial| trial.further_crashes).sum();

@@ -65,6 +65,7 @@ impl Stage for Serve {
     const NAME: &'static str = "serve";
     const VERSION: u32 = 3;
     const ABOUT: &'static str = "Serves a model over an OpenAI-compatible HTTP API and checks that it answers";
+    const LOOSE_FIGURES: &'static [&'static str] = &["tokens_per_second", "draft_acceptance"];
     const SHRINK: &'static [Shrink] = &[Shrink::AtMost("tokens_max", 4)];
     type Config = Config;
     type Inputs = Inputs;

@@ -68,18 +68,37 @@ fn a_truncated_output_is_made_again_and_nothing_else() {
 }
 
 #[test]
-fn an_input_with_a_flipped_bit_is_refused_until_it_is_made_again() {
+fn an_input_with_a_flipped_bit_is_made_again_by_a_run_and_refused_by_one_stage_alone() {
     let place = Place::new();
     let first = place.done(&["--until", "corpus"]);
     let digest = place.file_digest(&first.output("corpus", "tokens"), "");
     let blob = place.blob(&digest);
+    let good = std::fs::read(&blob).expect("a blob");
     flip(&blob);
-    refuses(&place.run(&["--until", "base"]), 65, &["stage `base`", &digest, "another digest"]);
-    // What the help says: delete the damaged object and run again.
-    std::fs::remove_file(&blob).expect("a removed blob");
+    refuses(&place.run(&["--only", "base"]), 65, &["stage `base`", &digest, "another digest", "`corpus` made"]);
+    assert_ne!(std::fs::read(&blob).expect("a blob"), good, "a stage alone changes nothing of another");
+    let last = place.done(&["--until", "base"]);
+    let named = |event: &Value| event["message"].to_string().contains(&digest);
+    assert!(last.of("log", "corpus").any(named), "{:?}", last.events);
+    assert_eq!((last.outcome("corpus"), last.outcome("base")), (Some("cached"), Some("done")));
+    let outcomes: Vec<_> = last.of("stage_finished", "corpus").map(|event| event["outcome"].clone()).collect();
+    assert_eq!(outcomes, ["cached", "done"], "found finished, found damaged, made again");
+    assert_eq!(std::fs::read(&blob).expect("a blob"), good);
+    assert_eq!(last.output("base", "model"), undisturbed().1.output("base", "model"));
+}
+
+#[test]
+fn a_damaged_result_is_named_by_the_stage_that_needs_it() {
+    let place = Place::new();
+    let first = place.done(&["--until", "corpus"]);
+    let result = place.store().join("stages").join(first.key("corpus")).join("result.json");
+    let mut permissions = std::fs::metadata(&result).expect("a file").permissions();
+    std::os::unix::fs::PermissionsExt::set_mode(&mut permissions, 0o644);
+    std::fs::set_permissions(&result, permissions).expect("a writable file");
+    flip(&result);
+    refuses(&place.run(&["--only", "base"]), 65, &["stage `base` needs stage `corpus`", "result.json", "damaged"]);
     let last = place.done(&["--until", "base"]);
     assert_eq!((last.outcome("corpus"), last.outcome("base")), (Some("done"), Some("done")));
-    assert_eq!(last.output("base", "model"), undisturbed().1.output("base", "model"));
 }
 
 #[test]

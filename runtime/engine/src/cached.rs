@@ -115,6 +115,7 @@ pub(crate) async fn find(store: &Store, plan: &Plan, key: Digest) -> Result<Foun
         let looks = manifest.files.iter().filter(|file| !plan.sources.contains_key(&file.digest)).map(async |file| {
             let path = format!("blobs/{}", file.digest);
             let broken = match store.length(&path).await? {
+                Some(_) if store.is_damaged(file.digest) => Some("has other bytes than were written".to_owned()),
                 Some(bytes) if bytes == file.bytes => None,
                 Some(bytes) => Some(format!("has {bytes} bytes instead of {}", file.bytes)),
                 None => Some("is gone".to_owned()),
@@ -128,4 +129,22 @@ pub(crate) async fn find(store: &Store, plan: &Plan, key: Digest) -> Result<Foun
         }
     }
     Ok(Found::Whole(result))
+}
+
+/// An output of a result of which this process has read bytes that are not what was written.
+pub(crate) async fn seen_damaged(store: &Store, result: &StageResult) -> Result<Option<String>, Error> {
+    for output in &result.outputs {
+        let files = match store.manifest(output.digest).await {
+            Ok(manifest) => manifest.files,
+            Err(error @ (StoreError::Damaged { .. } | StoreError::Missing { .. })) => {
+                return Ok(Some(format!("output `{}`: {error}", output.name)));
+            }
+            Err(error) => return Err(error.into()),
+        };
+        if let Some(file) = files.iter().find(|file| store.is_damaged(file.digest)) {
+            let path = store.display_path(&format!("blobs/{}", file.digest));
+            return Ok(Some(format!("output `{}`: {path} ({})", output.name, file.path)));
+        }
+    }
+    Ok(None)
 }

@@ -242,7 +242,9 @@ async fn last_record(
         let summary = summary(store, run).await?;
         let Some(other) = summary.keys.get(name).filter(|other| Some(other.as_str()) != key) else { continue };
         let bytes = store.read_if_exists(&format!("stages/{other}/key.json")).await?;
-        if let Some(record) = bytes.and_then(|bytes| KeyRecord::from_bytes(&bytes)) {
+        // A record is named by its digest; a damaged one explains nothing.
+        let record = bytes.and_then(|bytes| KeyRecord::from_bytes(&bytes));
+        if let Some(record) = record.filter(|record| record.key().to_string() == other.as_str()) {
             return Ok(Some((summary.run, other.clone(), record)));
         }
     }

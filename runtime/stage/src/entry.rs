@@ -39,6 +39,8 @@ pub trait Stage: Send + Sync + 'static {
     const HOOKS: &'static [HookPort] = &[];
     /// How its config becomes small where only the order of its store operations matters, as in `chaos`.
     const SHRINK: &'static [Shrink] = &[];
+    /// Closing figures that a second run need not repeat: rates, and what depends on when a request arrives.
+    const LOOSE_FIGURES: &'static [&'static str] = &[];
     /// Options. A field is semantic unless `#[schemars(extend("x-key" = "performance"))]` or `"numerics"` says otherwise.
     type Config: DeserializeOwned + Serialize + JsonSchema;
     /// Inputs, declared with [`crate::ports!`].
@@ -80,6 +82,8 @@ pub struct StageEntry {
     pub hooks: &'static [HookPort],
     /// [`Stage::SHRINK`].
     pub shrink: &'static [Shrink],
+    /// [`Stage::LOOSE_FIGURES`].
+    pub loose_figures: &'static [&'static str],
     inputs: fn() -> Vec<PortSpec>,
     outputs: fn() -> Vec<PortSpec>,
     schema: fn() -> Value,
@@ -112,6 +116,7 @@ impl StageEntry {
             about: T::ABOUT,
             hooks: T::HOOKS,
             shrink: T::SHRINK,
+            loose_figures: T::LOOSE_FIGURES,
             inputs: T::Inputs::specs,
             outputs: T::Outputs::specs,
             schema: || {

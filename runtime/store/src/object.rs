@@ -360,7 +360,7 @@ impl Store {
     }
 
     /// Whether this process has seen the blob with other bytes and has not replaced it since.
-    pub(crate) fn is_damaged(&self, digest: Digest) -> bool {
+    pub fn is_damaged(&self, digest: Digest) -> bool {
         self.inner.digests.lock().unwrap_or_else(PoisonError::into_inner).wrong.contains(&digest)
     }
 

@@ -118,7 +118,11 @@ impl Store {
             let path = format!("{folder}/{name}");
             let segment = self.read(&path).await?;
             check_segment(&self.display_path(&path), &segment)?;
-            segments.push(segment);
+            if is_whole(&segment) {
+                segments.push(segment);
+            } else {
+                tracing::warn!(path = self.display_path(&path), "skipping events: their check digest does not match");
+            }
         }
         Ok(segments)
     }
@@ -147,13 +151,19 @@ fn check_segment(path: &str, segment: &[u8]) -> Result<()> {
     first.map_or(Ok(()), |header| record::check_format(&header, u64::from(record::FORMAT), path))
 }
 
+/// Whether the lines of a segment are those that its header's digest is of; old headers have none.
+fn is_whole(segment: &[u8]) -> bool {
+    let cut = segment.iter().position(|byte| *byte == b'\n').map_or(segment.len(), |end| end + 1);
+    let (first, rest) = segment.split_at(cut);
+    let check = header(first).and_then(|header| header.get("check")?.as_str().map(str::to_owned));
+    check.is_none_or(|check| check == Digest::of(rest).to_string())
+}
+
 /// What is wrong with a segment, if anything: its header holds the digest of what follows, unless it is an old one.
 pub fn segment_problem(segment: &[u8]) -> Option<String> {
     let cut = segment.iter().position(|byte| *byte == b'\n').map_or(segment.len(), |end| end + 1);
-    let (first, rest) = segment.split_at(cut);
-    let header = header(first);
-    let check = header.as_ref().and_then(|header| header.get("check")?.as_str());
-    if check.is_some_and(|check| check != Digest::of(rest).to_string()) {
+    let header = header(&segment[..cut]);
+    if !is_whole(segment) {
         return Some("its check digest does not match".to_owned());
     }
     let mut lines = segment.split(|byte| *byte == b'\n').enumerate().skip(usize::from(header.is_some()));

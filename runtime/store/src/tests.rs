@@ -2,6 +2,7 @@
 
 mod kill;
 mod lease;
+mod matrix;
 mod objects;
 mod saver;
 mod stages;

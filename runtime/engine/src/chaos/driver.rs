@@ -35,7 +35,7 @@ struct Base {
     before: Ground,
     operations: Vec<Operation>,
     result: StageResult,
-    /// Figures that a second undisturbed run gave otherwise: rates, which a clock measures.
+    /// Figures that are not compared: the stage type calls them loose, or a second undisturbed run gave them otherwise.
     clocked: BTreeSet<String>,
 }
 
@@ -110,7 +110,10 @@ impl Driver<'_> {
             let (ended, _) = self.attempt(&after, &faults, &stage.name, false).await?;
             let result = ended?;
             let (again, _) = self.attempt(&ground.fork()?, &Faults::default(), &stage.name, false).await?;
-            let clocked = differing(&result, &again?, &stage.name)?;
+            let mut clocked = differing(&result, &again?, &stage.name)?;
+            let loose = self.engine.entry(&stage.kind, stage.version)?.loose_figures;
+            clocked
+                .extend(loose.iter().filter(|name| result.metrics.contains_key(**name)).map(|name| (*name).to_owned()));
             let (stage, operations) = (stage.name.clone(), faults.operations());
             bases.push(Base { stage, before: ground, operations, result, clocked });
             ground = after;

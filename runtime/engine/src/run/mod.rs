@@ -5,12 +5,13 @@
 
 pub(crate) mod beside;
 pub(crate) mod floors;
+mod heal;
 mod select;
 mod stage;
 mod status;
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     sync::atomic::{AtomicBool, Ordering},
 };
 
@@ -118,6 +119,12 @@ pub(crate) struct Run<'a> {
     pub(crate) events: Events,
     reports: Vec<StageReport>,
     results: BTreeMap<String, StageResult>,
+    /// Stages that may run.
+    selected: BTreeSet<String>,
+    /// Why the result of a stage that may not run cannot be used.
+    broken: BTreeMap<String, String>,
+    /// Stages that ran again because what they had made was damaged.
+    healed: BTreeSet<String>,
     /// Whether another process of this very run goes on with a stage that this one gave up: what it says of the run counts.
     handed_over: AtomicBool,
 }
@@ -202,7 +209,21 @@ impl Engine {
         let started = self.clock.monotonic();
         let (reports, results) = (Vec::new(), BTreeMap::new());
         let handed_over = AtomicBool::new(false);
-        let mut run = Run { engine: self, plan, store, id, options, events, reports, results, handed_over };
+        let (selected, broken, healed) = (names.iter().cloned().collect(), BTreeMap::new(), BTreeSet::new());
+        let mut run = Run {
+            engine: self,
+            plan,
+            store,
+            id,
+            options,
+            events,
+            reports,
+            results,
+            selected,
+            broken,
+            healed,
+            handed_over,
+        };
         let ended = run.all(&names, weaker).await;
         let outcome = ended.as_ref().map_or_else(outcome_of, |()| Outcome::Done);
         let status = match run.handed_over.load(Ordering::SeqCst) {
@@ -260,11 +281,14 @@ impl Run<'_> {
         let inputs = match cached::inputs(stage, &self.results) {
             Ok(inputs) => inputs,
             // An unselected stage whose own upstream was never run has no result either; whoever needs it will say so.
-            Err(Missing::Stage(_)) if !selected => return Ok(()),
-            Err(Missing::Stage(from)) => {
-                let message = format!("stage `{}` needs stage `{from}`, which has not finished", stage.name);
-                return Err(Error::invalid(message).help(format!("run `{from}` first, or without --from and --only")));
+            Err(Missing::Stage(from)) if !selected => {
+                // What a damaged result hides of later stages is hidden by it.
+                if let Some(why) = self.broken.get(&from).cloned() {
+                    self.broken.insert(stage.name.clone(), why);
+                }
+                return Ok(());
             }
+            Err(Missing::Stage(from)) => return Err(self.lacks(stage, &from)),
             Err(Missing::Output(from, port)) => {
                 let message =
                     format!("stage `{}` needs output `{port}`, which stage `{from}` did not make", stage.name);
@@ -281,6 +305,10 @@ impl Run<'_> {
                 return Ok(());
             }
             Found::Whole(result) if self.again_from(stage).is_none() => (Ok(Outcome::Cached), Some(result)),
+            Found::Broken(why) if !selected => {
+                self.broken.insert(stage.name.clone(), why);
+                return Ok(());
+            }
             _ if !selected => return Ok(()),
             found => {
                 if let Found::Broken(why) = &found {
@@ -291,7 +319,7 @@ impl Run<'_> {
                 }
                 // Its key is known from now on, also to a reader of the store whose run never comes to the end of it.
                 self.write_status("running", Some((&stage.name, key))).await?;
-                match self.execute(stage, &entry, &record, &inputs).await {
+                match self.execute_healed(stage, &entry, &record, &inputs).await {
                     Ok((outcome, result)) => (Ok(outcome), Some(result)),
                     Err(error) => (Err(error.context(format!("stage `{}`", stage.name))), None),
                 }

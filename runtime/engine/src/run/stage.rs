@@ -289,7 +289,14 @@ impl Run<'_> {
         if own.len() > 1 {
             for name in own {
                 let bytes = self.store.read(&format!("{}/{name}", profiles(key))).await?;
-                mixed.extend(serde_json::from_slice::<Value>(&bytes).map(cached::without_format));
+                let profile = serde_json::from_slice::<Value>(&bytes).ok().map(cached::without_format);
+                // A mark is named by the digest of its profile.
+                let Some(profile) = profile.filter(|profile| name == format!("{}.json", json_digest(profile))) else {
+                    let path = self.store.display_path(&format!("{}/{name}", profiles(key)));
+                    return Err(Error::data(format!("{path} is damaged: it is not the profile of its name"))
+                        .help("delete it and run again"));
+                };
+                mixed.push(profile);
             }
         }
         let above = Plan::upstream(stage);
