@@ -4,7 +4,7 @@
 //!
 //! The store holds a finished stage, one that is finished and read by the next, and one whose process died between two
 //! checkpoints. After each flip the run is gone on with, its events and runs are read. A small number of flips by default;
-//! `DSV3_FLIPS` asks for more, and `results/flips.md` has what ten thousand gave:
+//! `DSV3_FLIPS` asks for more, and `results/flips.md` has what many gave:
 //!
 //!     DSV3_FLIPS=10000 cargo test --test main bit_flips -- --nocapture
 

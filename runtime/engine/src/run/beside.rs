@@ -3,7 +3,10 @@
 //! `verify --replay` does some steps again and compares; `export` publishes a checkpoint as the stage would publish its
 //! end. Neither leaves anything behind.
 
-use std::{collections::BTreeMap, sync::atomic::AtomicBool};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::atomic::AtomicBool,
+};
 
 use dsv3_core::{Cancel, Error, Event, Events};
 use dsv3_store::{Checkpoint, StageResult, Store, nonce};
@@ -110,6 +113,9 @@ impl<'a> Beside<'a> {
             events: events.clone(),
             reports,
             results,
+            selected: BTreeSet::new(),
+            broken: BTreeMap::new(),
+            healed: BTreeSet::new(),
             handed_over: AtomicBool::new(false),
         };
         let entry = self.engine.entry(&self.stage.kind, self.stage.version)?;
