@@ -309,7 +309,7 @@ fn a_copied_store_is_as_good_as_the_original() {
     let server = S3Server::start();
     let bucket = server.bucket_folder();
     copy(&place.store(), &bucket.join("one"));
-    std::fs::rename(&bucket.join("one"), bucket.join("elsewhere")).expect("moved");
+    std::fs::rename(bucket.join("one"), bucket.join("elsewhere")).expect("moved");
     let url = server.url("elsewhere");
     let in_bucket = |code: i32, args: &[&str]| {
         let output = place.command(args).args(["--store", &url]).envs(server.env()).output().expect("the program runs");

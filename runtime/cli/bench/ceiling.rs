@@ -139,16 +139,12 @@ impl Reader {
         size_of_val(self.0.as_slice())
     }
 
-    fn read(&self) {
-        let chunks = self.0.par_chunks(CHUNK_ELEMENTS);
-        let sums = chunks.map(|chunk| chunk.iter().fold(0_u64, |sum, x| sum.wrapping_add(*x)));
-        black_box(sums.reduce(|| 0, u64::wrapping_add));
-    }
-
     /// One read of all of it on the threads of the pool, GB/s.
     pub(super) fn pass(&self) -> f64 {
         let started = Instant::now();
-        self.read();
+        let chunks = self.0.par_chunks(CHUNK_ELEMENTS);
+        let sums = chunks.map(|chunk| chunk.iter().fold(0_u64, |sum, x| sum.wrapping_add(*x)));
+        black_box(sums.reduce(|| 0, u64::wrapping_add));
         self.bytes() as f64 / started.elapsed().as_secs_f64() * 1e-9
     }
 }
@@ -159,11 +155,11 @@ pub(super) fn memory() -> Memory {
     let from = &reader.0;
     let mut to = from.clone();
     let bytes = reader.bytes() as f64;
-    let read = best(|| reader.read());
+    let read = (0..RUNS).map(|_| reader.pass()).fold(0.0, f64::max);
     let copy = best(|| {
         let pairs = to.par_chunks_mut(CHUNK_ELEMENTS).zip(from.par_chunks(CHUNK_ELEMENTS));
         pairs.for_each(|(to, from)| to.copy_from_slice(from));
         black_box(&to);
     });
-    Memory { read: bytes / read * 1e-9, copy: 2.0 * bytes / copy * 1e-9 }
+    Memory { read, copy: 2.0 * bytes / copy * 1e-9 }
 }

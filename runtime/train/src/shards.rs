@@ -93,12 +93,15 @@ fn damaged(file: &str, problem: impl ToString) -> Error {
     Error::Checkpoint { file: file.to_owned(), problem: problem.to_string() }
 }
 
+/// Name and content of a file.
+pub(crate) type NamedFile = (String, Vec<u8>);
+
 /// The files of `ranks` ranks and the table of what they hold. Slices have no digests yet.
 pub(crate) fn write(
     group: &str,
     mut tensors: Vec<Live<'_>>,
     ranks: usize,
-) -> Result<(Vec<(String, Vec<u8>)>, Vec<TensorEntry>)> {
+) -> Result<(Vec<NamedFile>, Vec<TensorEntry>)> {
     tensors.sort_by(|a, b| {
         let dtype = |live: &Live<'_>| safe_dtype(live.elements.dtype());
         dtype(b).cmp(&dtype(a)).then_with(|| a.name.cmp(&b.name))
