@@ -176,8 +176,8 @@ fn a_run_is_cached_explained_and_executed_without_its_file() {
     assert!(err.contains("finished before"), "{err}");
     dir.expect(0, &["resume"]);
     let (out, _) = dir.expect(0, &["runs"]);
-    assert_eq!(out.lines().count(), 2, "{out}");
-    assert!(out.contains("done") && out.contains("corpus cached"), "{out}");
+    assert_eq!(out.lines().count(), 3, "a head and two runs: {out}");
+    assert!(out.contains("done") && out.contains("1/1"), "{out}");
     let (out, _) = dir.expect(0, &["inspect", "last", "corpus"]);
     let result: Value = serde_json::from_str(&out).expect("a result");
     let digest = result["outputs"][0]["digest"].as_str().expect("a digest");

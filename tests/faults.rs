@@ -9,3 +9,5 @@ mod guard;
 mod kills;
 mod no_writes;
 mod stops;
+
+pub(crate) use kills::place_before;

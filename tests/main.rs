@@ -15,6 +15,7 @@ mod memory;
 mod pipelines;
 mod proof;
 mod report;
+mod runners;
 mod serve;
 mod stores;
 mod tidy;

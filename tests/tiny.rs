@@ -237,7 +237,7 @@ pub(crate) fn undisturbed() -> &'static (Place, Ended) {
 
 /// Makes the pipe as small as the system allows: one page.
 #[allow(unsafe_code)]
-fn narrow(pipe: &impl AsRawFd) {
+pub(crate) fn narrow(pipe: &impl AsRawFd) {
     // SAFETY: the call changes the capacity of a pipe whose descriptor is open while `pipe` is borrowed; no memory is shared.
     let size = unsafe { libc::fcntl(pipe.as_raw_fd(), libc::F_SETPIPE_SZ, 1) };
     assert!(size > 0, "{}", std::io::Error::last_os_error());
@@ -257,7 +257,7 @@ fn send(child: u32, signal: Signal) -> Option<thread::JoinHandle<()>> {
 }
 
 #[allow(unsafe_code)]
-fn kill(child: u32, signal: i32) {
+pub(crate) fn kill(child: u32, signal: i32) {
     // SAFETY: the call takes two integers; the process is our own child, not yet waited for, so its id is not reused.
     let result = unsafe { libc::kill(child as libc::pid_t, signal) };
     assert_eq!(result, 0, "{}", std::io::Error::last_os_error());

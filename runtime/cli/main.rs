@@ -9,6 +9,7 @@ mod common;
 mod exec;
 mod explain;
 mod export;
+mod gc;
 mod generate;
 mod get;
 mod inspect;
@@ -56,6 +57,8 @@ enum Command {
     Explain(explain::Args),
     /// List the runs of a store
     Runs(runs::Args),
+    /// Remove what no kept run of a store names
+    Gc(gc::Args),
     /// Write what runs did: a page with every closing figure, and plots
     Report(report::Args),
     /// Show an artifact, a stage's result, or the tensors of a safetensors file
@@ -79,6 +82,9 @@ enum Command {
     Generate(generate::Args),
 }
 
+/// Fewest threads for the engine and the store.
+const WORKERS_MIN: usize = 4;
+
 fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
@@ -92,7 +98,9 @@ fn main() -> ExitCode {
     };
     // Training frees and takes the same megabytes at every step.
     dsv3_ops::keep_freed_memory();
-    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+    // Enough that heartbeats go on while events wait for a reader that is slow.
+    let workers = std::thread::available_parallelism().map_or(WORKERS_MIN, |cores| cores.get().max(WORKERS_MIN));
+    let runtime = match tokio::runtime::Builder::new_multi_thread().worker_threads(workers).enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {
             let error = Error::unavailable("cannot start the threads of the runtime").source(error);
@@ -119,6 +127,7 @@ impl Command {
             Self::Exec(args) => args.json,
             Self::Resume(args) => args.json,
             Self::Report(args) => args.json,
+            Self::Gc(args) => args.json,
             Self::Bench(args) => args.json,
             Self::Chaos(args) => args.json,
             _ => false,
@@ -134,6 +143,7 @@ impl Command {
             Self::Resume(args) => resume::run(args).await,
             Self::Explain(args) => explain::run(args).await,
             Self::Runs(args) => runs::run(args).await,
+            Self::Gc(args) => gc::run(args).await,
             Self::Report(args) => report::run(args).await,
             Self::Inspect(args) => inspect::run(args).await,
             Self::Get(args) => get::run(args).await,

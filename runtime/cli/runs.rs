@@ -1,4 +1,8 @@
-//! `dsv3-pipeline runs`: the runs of a store, oldest first.
+//! `dsv3-pipeline runs`: the runs of a store, oldest first: state, stages, last activity, size, and who holds one of its
+//! stages at the moment.
+
+use dsv3_engine::RunListing;
+use serde_json::{Value, json};
 
 use crate::common::{self, Failure};
 
@@ -6,27 +10,72 @@ use crate::common::{self, Failure};
 #[derive(Clone, Debug, clap::Args)]
 pub(crate) struct Args {
     /// Store to list
-    #[arg(long, value_name = "URL", default_value = common::DEFAULT_STORE)]
-    store: String,
+    #[arg(value_name = "STORE", conflicts_with = "store")]
+    url: Option<String>,
+    /// The same, as other commands take it
+    #[arg(long, value_name = "URL")]
+    store: Option<String>,
     /// Print one JSON value per run
     #[arg(long)]
-    json: bool,
+    pub(crate) json: bool,
 }
 
 /// Runs the subcommand.
 pub(crate) async fn run(args: Args) -> Result<(), Failure> {
     let engine = common::engine();
-    let store = common::open_store(&engine, &args.store)?;
-    let runs = engine.runs(&store).await?;
+    let url = args.url.or(args.store).unwrap_or_else(|| common::DEFAULT_STORE.to_owned());
+    let store = common::open_store(&engine, &url)?;
+    let runs = engine.list_runs(&store).await?;
     if args.json {
-        return runs.iter().try_for_each(common::say_json);
+        return runs.iter().try_for_each(|run| common::say_json(&value(run)?));
     }
-    for run in runs {
-        let stages: Vec<String> = run.stages.iter().map(|(name, outcome)| format!("{name} {outcome}")).collect();
-        let (when, pipeline) = (utc(run.unix_millis), run.pipeline);
-        common::say(format!("{}  {when}  {:9}  {pipeline}  {}", run.run, run.state, stages.join(", ")));
+    if runs.is_empty() {
+        common::say("no runs");
+        return Ok(());
+    }
+    let rows: Vec<[String; 7]> = runs.iter().map(row).collect();
+    let head = ["run", "pipeline", "state", "stages", "last activity (UTC)", "size", "held by"].map(str::to_owned);
+    let rows: Vec<&[String; 7]> = std::iter::once(&head).chain(&rows).collect();
+    let widths: Vec<usize> = (0..7).map(|i| rows.iter().map(|row| row[i].chars().count()).max().unwrap_or(0)).collect();
+    for row in rows {
+        let cells = row.iter().zip(&widths).map(|(cell, width)| format!("{cell:width$}"));
+        common::say(cells.collect::<Vec<_>>().join("  ").trim_end());
     }
     Ok(())
+}
+
+/// Everything known, with the state as the leases show it.
+fn value(run: &RunListing) -> Result<Value, Failure> {
+    let mut value =
+        serde_json::to_value(run).map_err(|error| dsv3_core::Error::internal("cannot write JSON").source(error))?;
+    value["state"] = json!(run.state());
+    value["last_unix_millis"] = json!(run.last_unix_millis());
+    Ok(value)
+}
+
+fn row(run: &RunListing) -> [String; 7] {
+    let total = run.stages_total.map_or_else(|| "?".to_owned(), |total| total.to_string());
+    [
+        run.summary.run.clone(),
+        run.summary.pipeline.clone(),
+        run.state().to_owned(),
+        format!("{}/{total}", run.stages_done),
+        utc(run.last_unix_millis()),
+        size(run.bytes),
+        run.holder.clone().unwrap_or_default(),
+    ]
+}
+
+/// `812 B`, `4.2 kB`, `1.3 GB`.
+pub(crate) fn size(bytes: u64) -> String {
+    let mut value = bytes as f64;
+    for unit in ["B", "kB", "MB", "GB"] {
+        if value < 1000.0 {
+            return if unit == "B" { format!("{bytes} B") } else { format!("{value:.1} {unit}") };
+        }
+        value /= 1000.0;
+    }
+    format!("{value:.1} TB")
 }
 
 /// `2026-11-24 08:20:46` of milliseconds since 1970, by the civil calendar.
@@ -47,6 +96,12 @@ pub(crate) fn utc(unix_millis: u64) -> String {
 
 #[cfg(test)]
 mod tests {
+    #[test]
+    fn sizes_are_short() {
+        let sizes = [0, 999, 1000, 4_210_000, 1_300_000_000_000].map(super::size);
+        assert_eq!(sizes, ["0 B", "999 B", "1.0 kB", "4.2 MB", "1.3 TB"]);
+    }
+
     #[test]
     fn dates_follow_the_calendar() {
         assert_eq!(super::utc(0), "1970-01-01 00:00:00");

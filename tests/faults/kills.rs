@@ -90,7 +90,7 @@ struct Tally {
 }
 
 /// Places in which all that a stage needs is finished and nothing of the stage itself is there.
-fn place_before(stage: &str) -> Place {
+pub(crate) fn place_before(stage: &str) -> Place {
     static LADDER: OnceLock<BTreeMap<&str, Place>> = OnceLock::new();
     let ladder = LADDER.get_or_init(|| {
         let mut places = BTreeMap::from([("corpus", Place::new()), ("traces", Place::new())]);

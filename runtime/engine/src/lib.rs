@@ -19,6 +19,7 @@ mod engine;
 mod error;
 mod explain;
 mod export;
+mod gc;
 mod machine;
 mod plan;
 mod report;
@@ -36,12 +37,13 @@ pub use engine::{Engine, EngineBuilder};
 pub use error::EngineError;
 pub use explain::{Explanation, StageState, State};
 pub use export::Exported;
+pub use gc::{GcOptions, GcReport};
 pub use machine::Machine;
 pub use plan::{InputRef, Plan, PlannedHook, PlannedInput, PlannedStage};
 pub use report::{Attempt, Contrast, FigureRow, Matrix, Report, ReportedRun, ReportedStage, Spread, Standing, Variant};
 pub use run::{At, RunOptions, RunReport, Selection, StageReport};
-pub use runs::RunSummary;
-pub use spec::{Floor, HookLimits, LeaseSettings, LoadOptions};
+pub use runs::{RunListing, RunSummary};
+pub use spec::{Better, Floor, HookLimits, KeepBest, LeaseSettings, LoadOptions, RetentionSpec};
 pub use verify::{Damage, Replay, Verification, VerifiedStage, VerifyOptions};
 
 #[cfg(test)]

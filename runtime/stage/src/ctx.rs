@@ -11,7 +11,7 @@ use dsv3_core::{Bound, Cancel, Clock, Digest, Error, Event, Events, Level, Rng, 
 use dsv3_hooks::Hook;
 use dsv3_ops::Device;
 use dsv3_store::{
-    Sources, Store,
+    Retention, Sources, Store,
     blocking::{Blobs, Checkpoints},
 };
 use serde_json::Value;
@@ -59,6 +59,8 @@ pub struct CtxParts {
     pub at: Option<u64>,
     /// Whether a training stage publishes its checkpoint as it is, without another step.
     pub as_it_is: bool,
+    /// Which of the stage's checkpoints are kept; all when absent.
+    pub retention: Option<Retention>,
 }
 
 /// What a stage is handed.
@@ -100,7 +102,8 @@ impl Ctx {
             &parts.stage,
             parts.events.clone(),
         )
-        .at(parts.at);
+        .at(parts.at)
+        .retain(parts.retention.clone(), parts.clock.clone());
         Self { parts, blobs, checkpoints, closing: Mutex::default(), names: Names::default(), _own: None }
     }
 
@@ -141,6 +144,7 @@ impl Ctx {
             stay: false,
             at: None,
             as_it_is: false,
+            retention: None,
         };
         Self { _own: Some((runtime, ScratchFolder(scratch))), ..Self::new(parts) }
     }

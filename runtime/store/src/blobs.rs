@@ -119,17 +119,26 @@ impl Store {
         };
         let intact = match self.local_blob(digest) {
             _ if found != bytes => false,
-            Some(file) => hash_file(&file).await?.0 == digest,
+            Some(file) => match hash_file(&file).await {
+                Ok((found, _)) => found == digest,
+                // A collection was faster.
+                Err(StoreError::Missing { .. }) => return Ok(false),
+                Err(error) => return Err(error),
+            },
             None if self.is_damaged(digest) => false,
             None if bytes > COMPARED_BYTES_MAX || self.is_verified(digest) => true,
-            None => Digest::of(&self.read(&path).await?) == digest,
+            None => match self.read_if_exists(&path).await? {
+                Some(found) => Digest::of(&found) == digest,
+                None => return Ok(false),
+            },
         };
         if !intact {
             tracing::warn!(path = self.display_path(&path), "replacing a damaged blob");
             self.delete(&path).await?;
             self.forget_blob(digest);
+            return Ok(false);
         }
-        Ok(intact)
+        self.renew_blob(digest).await
     }
 
     /// The bytes of a blob, after their digest has been compared.

@@ -180,6 +180,18 @@ pub enum StoreError {
     },
 }
 
+/// Whether a disk that takes no writes is behind the error.
+fn is_refusal(error: &object_store::Error) -> bool {
+    let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(error);
+    while let Some(error) = cause {
+        if let Some(error) = error.downcast_ref::<io::Error>() {
+            return matches!(error.kind(), io::ErrorKind::ReadOnlyFilesystem | io::ErrorKind::PermissionDenied);
+        }
+        cause = error.source();
+    }
+    false
+}
+
 /// Milliseconds as seconds; `thiserror` hands fields by reference.
 fn seconds(millis: &u64) -> f64 {
     *millis as f64 / 1000.0
@@ -257,6 +269,7 @@ impl StoreError {
             object_store::Error::PermissionDenied { .. } | object_store::Error::Unauthenticated { .. } => {
                 Self::Denied { op, path, cause: error.to_string() }
             }
+            _ if is_refusal(&error) => Self::Denied { op, path, cause: error.to_string() },
             _ => Self::Unavailable { op, path, cause: error.to_string() },
         }
     }

@@ -94,7 +94,7 @@ impl Place {
         Self { folder: format!("{folder}/leases"), key: None }
     }
 
-    fn path(&self, epoch: u64, suffix: &str) -> String {
+    pub(crate) fn path(&self, epoch: u64, suffix: &str) -> String {
         format!("{}/{epoch:0width$}.{suffix}", self.folder, width = EPOCH_DIGITS)
     }
 }
@@ -113,7 +113,7 @@ pub(crate) struct Last {
     pub(crate) epoch: u64,
     pub(crate) holder: Option<Holder>,
     pub(crate) beat: Option<Bytes>,
-    expire: Duration,
+    pub(crate) expire: Duration,
     end: Option<End>,
 }
 
@@ -131,6 +131,15 @@ impl Last {
     pub(crate) fn name(&self) -> String {
         self.holder.as_ref().map_or_else(|| "another process".to_owned(), Holder::to_string)
     }
+}
+
+/// An open lease, for a listing.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LeaseSeen {
+    /// Who holds it.
+    pub holder: Holder,
+    /// Milliseconds since 1970, by the store's clock, of its last heartbeat.
+    pub beat_unix_millis: Option<u64>,
 }
 
 /// What a contender knows of the beat of the last lease.
@@ -233,7 +242,7 @@ impl Store {
     }
 
     /// Takes the epoch after `last` and fences its holder off unless it ended by itself; none when somebody was faster.
-    async fn take(
+    pub(crate) async fn take(
         &self,
         place: &Place,
         last: Option<&Last>,
@@ -288,6 +297,18 @@ impl Store {
     pub async fn lease_holder(&self, key: &str) -> Result<Option<Holder>> {
         let last = self.last_lease(&Place::stage(key)).await?.filter(|last| last.is_open() && !last.is_gone());
         Ok(last.and_then(|last| last.holder))
+    }
+
+    /// Who holds the stage `key`, unless it has ended or is known to be gone, and when it was last heard of.
+    ///
+    /// # Errors
+    /// When the store cannot be read.
+    pub async fn lease_seen(&self, key: &str) -> Result<Option<LeaseSeen>> {
+        let place = Place::stage(key);
+        let last = self.last_lease(&place).await?.filter(|last| last.is_open() && !last.is_gone());
+        let Some((epoch, holder)) = last.and_then(|last| Some((last.epoch, last.holder?))) else { return Ok(None) };
+        let modified = self.modified_ms(&place.path(epoch, "beat")).await?;
+        Ok(Some(LeaseSeen { holder, beat_unix_millis: modified.and_then(|millis| millis.try_into().ok()) }))
     }
 
     /// Looks whether the lease `epoch` of the stage `key` still is the last one; called before every commit. Between this

@@ -6,6 +6,7 @@
 //! stages/<key>/leases/<epoch>.json      who runs the stage; <epoch>.beat its heartbeat, <epoch>.end its release
 //! stages/<key>/result.json              the finished stage
 //! runs/<id>/plan.json                   the resolved plan; status/<n>.json, events/<segment>.jsonl
+//! gc/leases/<epoch>.json                whose turn it is to collect; gc/clock tells the store's time
 //! probe/<nonce>                         whether the store honours conditional create; deleted at once
 //! ```
 //!
@@ -20,6 +21,7 @@ mod blobs;
 mod checkpoints;
 mod connect;
 mod error;
+mod gc;
 mod hashing;
 mod host;
 mod lease;
@@ -30,6 +32,7 @@ mod overlay;
 mod probe;
 mod record;
 mod result;
+mod retention;
 mod retry;
 mod runs;
 mod saver;
@@ -42,11 +45,13 @@ pub use blobs::Sources;
 pub use checkpoints::{Checkpoint, CheckpointRecord, FoundCheckpoint};
 pub use connect::check_options;
 pub use error::{Result, StoreError};
+pub use gc::{CollectOptions, Collected, Collection, Item, Removed, Retired, Roots};
 pub use host::{Holder, nonce};
-pub use lease::{IfHeld, Lease, LeaseOptions};
+pub use lease::{IfHeld, Lease, LeaseOptions, LeaseSeen};
 pub use object::{Create, Store};
 pub use options::{ConditionalCreate, StoreOptions};
 pub use probe::CreateMode;
 pub use result::{OutputEntry, StageResult};
+pub use retention::{Best, Retention};
 pub use runs::{EventLog, RunStatus, parse_events, segment_problem};
 pub use shards::{TensorEntry, TensorRole, TensorSlice, TensorType, rows_of_rank};

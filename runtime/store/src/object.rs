@@ -23,6 +23,7 @@ use crate::{
     StoreOptions,
     connect::{Connected, connect},
     error::{Result, StoreError},
+    gc::StoreTime,
     local,
     retry::{Retry, is_transient, short_body},
 };
@@ -52,6 +53,8 @@ struct Inner {
     /// Whether a create looks and then writes: see [`crate::CreateMode::SingleWriter`].
     single_writer: AtomicBool,
     digests: Mutex<SeenDigests>,
+    /// The store's clock, once it was asked.
+    time: OnceCell<StoreTime>,
 }
 
 /// Blobs whose bytes this process has compared with their digest.
@@ -112,8 +115,8 @@ impl Store {
     fn with_connected(url: &str, connected: Connected, options: StoreOptions) -> Self {
         let retry = Retry::new(&options);
         let (url, honoured, single_writer) = (url.to_owned(), OnceCell::new(), AtomicBool::new(false));
-        let digests = Mutex::default();
-        Self { inner: Arc::new(Inner { url, connected, options, retry, honoured, single_writer, digests }) }
+        let (digests, time) = (Mutex::default(), OnceCell::new());
+        Self { inner: Arc::new(Inner { url, connected, options, retry, honoured, single_writer, digests, time }) }
     }
 
     /// The URL it was opened by.
@@ -348,11 +351,16 @@ impl Store {
         self.inner.single_writer.store(true, Ordering::Relaxed);
     }
 
-    async fn retry<'a, T>(
+    pub(crate) async fn retry<'a, T>(
         &self,
         attempt: impl Fn() -> BoxFuture<'a, object_store::Result<T>>,
     ) -> object_store::Result<T> {
         self.inner.retry.run(attempt).await
+    }
+
+    /// The store's time, asked for once.
+    pub(crate) async fn time(&self) -> Result<StoreTime> {
+        self.inner.time.get_or_try_init(|| self.ask_time()).await.copied()
     }
 
     pub(crate) fn is_verified(&self, digest: Digest) -> bool {

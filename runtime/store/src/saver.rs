@@ -13,13 +13,13 @@ use std::{
 };
 
 use bytes::Bytes;
-use dsv3_core::{Digest, Event, Events, FileEntry, Level};
+use dsv3_core::{Clock, Digest, Event, Events, FileEntry, Level};
 use futures::{StreamExt, TryStreamExt};
 use serde_json::Value;
 use tokio::{runtime::Handle, task::JoinHandle};
 
 use crate::{
-    Checkpoint, Store, TensorEntry,
+    Checkpoint, Retention, Retired, Store, TensorEntry,
     error::{Result, StoreError},
 };
 
@@ -61,6 +61,19 @@ struct Shared {
     events: Events,
     /// Number of the last record; none before the first look.
     last_seq: Mutex<Option<u64>>,
+    retention: Option<Retain>,
+}
+
+/// What is kept, and by which clock a collection elsewhere is judged.
+struct Retain {
+    policy: Retention,
+    clock: Arc<dyn Clock>,
+}
+
+impl std::fmt::Debug for Retain {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.policy.fmt(f)
+    }
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -71,8 +84,18 @@ impl Checkpoints {
     /// Checkpoints of the stage key `key`, written under the lease `epoch`; `stage` names it in events.
     pub fn new(store: Store, runtime: Handle, key: &str, epoch: u64, stage: &str, events: Events) -> Self {
         let (key, stage) = (key.to_owned(), stage.to_owned());
-        let shared = Arc::new(Shared { store, key, epoch, stage, events, last_seq: Mutex::new(None) });
+        let last_seq = Mutex::new(None);
+        let shared = Arc::new(Shared { store, key, epoch, stage, events, last_seq, retention: None });
         Self { shared, runtime, at: None, in_flight: Mutex::new(None) }
+    }
+
+    /// Removes superseded checkpoints after each commit; `None` keeps all.
+    #[must_use]
+    pub fn retain(mut self, policy: Option<Retention>, clock: Arc<dyn Clock>) -> Self {
+        if let Some(shared) = Arc::get_mut(&mut self.shared) {
+            shared.retention = policy.map(|policy| Retain { policy, clock });
+        }
+        self
     }
 
     /// Finds the checkpoint of number `seq` and no other; `None` finds the newest.
@@ -124,7 +147,7 @@ impl Checkpoints {
             let (started, step) = (Instant::now(), save.step);
             let seq = shared.commit(save).await?;
             let (stage, name) = (shared.stage.clone(), SAVE_SECONDS.to_owned());
-            shared.events.emit(Event::Metric { stage, name, step, value: started.elapsed().as_secs_f64() });
+            shared.tell(Event::Metric { stage, name, step, value: started.elapsed().as_secs_f64() }).await;
             Ok(seq)
         };
         *lock(&self.in_flight) = Some(self.runtime.spawn(commit));
@@ -206,8 +229,32 @@ impl Shared {
         let checkpoint = Checkpoint { seq, step, state, files, tensors };
         self.store.commit_checkpoint(&self.key, self.epoch, &checkpoint).await?;
         *lock(&self.last_seq) = Some(seq);
-        self.events.emit(Event::Checkpoint { stage: self.stage.clone(), seq, step });
+        self.tell(Event::Checkpoint { stage: self.stage.clone(), seq, step }).await;
+        self.retire().await;
         Ok(seq)
+    }
+
+    /// Emits an event from a thread that may block: a slow reader of events must not hold up heartbeats and connections,
+    /// which run on the same threads as this task.
+    async fn tell(&self, event: Event) {
+        let events = self.events.clone();
+        // It fails only when the runtime ends, and then nobody listens.
+        let _ = tokio::task::spawn_blocking(move || events.emit(event)).await;
+    }
+
+    /// Removes what the commit before has superseded. Saves come one after another, so nothing of this stage is under way.
+    async fn retire(&self) {
+        let Some(Retain { policy, clock }) = &self.retention else { return };
+        let say = |level, message| self.tell(Event::Log { stage: self.stage.clone(), level, message });
+        match self.store.retire_checkpoints(&self.key, self.epoch, policy, clock.clone()).await {
+            Ok(retired) if retired.seqs.is_empty() => {}
+            Ok(Retired { seqs, bytes }) => {
+                let seqs: Vec<String> = seqs.iter().map(u64::to_string).collect();
+                say(Level::Info, format!("removed superseded checkpoints {}: {bytes} bytes", seqs.join(", "))).await;
+            }
+            // The next commit tries again, and what is committed stays so.
+            Err(error) => say(Level::Warn, format!("superseded checkpoints stay for now: {error}")).await,
+        }
     }
 }
 

@@ -1,5 +1,6 @@
 //! One suite for every kind of store, and the faults.
 
+mod gc;
 mod kill;
 mod lease;
 mod matrix;

@@ -49,8 +49,18 @@ pub(super) fn check(
         }
         let hooks = std::mem::take(&mut hooks[i]);
         let name = stage.name.text.clone();
-        let (floors, notes) = (stage.floors.clone(), stage.notes.clone());
-        stages.push(CheckedStage { name, entry, config, inputs: connected, hooks, floors, notes, facts: lines });
+        let (floors, notes, retention) = (stage.floors.clone(), stage.notes.clone(), stage.retention.clone());
+        stages.push(CheckedStage {
+            name,
+            entry,
+            config,
+            inputs: connected,
+            hooks,
+            floors,
+            notes,
+            retention,
+            facts: lines,
+        });
     }
     stages
 }

@@ -16,7 +16,7 @@ use serde_json::Value;
 use crate::{
     diagnostics::{Diagnostic, Diagnostics, Sources, Span, did_you_mean},
     spec::{
-        Floor, HookLimits, LeaseSettings, Reading, StageSpec, Word, Written,
+        Floor, HookLimits, LeaseSettings, Reading, RetentionSpec, StageSpec, Word, Written,
         files::{self, ExternalFile},
     },
 };
@@ -100,6 +100,7 @@ pub(crate) struct CheckedStage {
     pub(crate) hooks: BTreeMap<String, String>,
     pub(crate) floors: BTreeMap<String, Floor>,
     pub(crate) notes: BTreeMap<String, String>,
+    pub(crate) retention: Option<RetentionSpec>,
     pub(crate) facts: Vec<(String, String)>,
 }
 

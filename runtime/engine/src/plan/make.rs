@@ -38,9 +38,9 @@ pub(crate) async fn make(spec: Spec, store: &Store) -> Result<Plan, EngineError>
         for input in &stage.inputs {
             inputs.push(maker.input(input, &mut problems).await?);
         }
-        let CheckedStage { name, entry, config, hooks, floors, notes, facts, .. } = stage;
+        let CheckedStage { name, entry, config, hooks, floors, notes, retention, facts, .. } = stage;
         let (kind, version) = (entry.name.to_owned(), entry.version);
-        stages.push(PlannedStage { name, kind, version, config, inputs, hooks, floors, notes, facts });
+        stages.push(PlannedStage { name, kind, version, config, inputs, hooks, floors, notes, retention, facts });
     }
     maker.hashes.save();
     if !problems.is_empty() {

@@ -19,7 +19,7 @@ use serde_json::Value;
 
 pub(crate) use make::make;
 
-use crate::spec::{Floor, HookLimits, LeaseSettings};
+use crate::spec::{Floor, HookLimits, LeaseSettings, RetentionSpec};
 
 /// First format whose plans have a `check`.
 const SEALED: u64 = 2;
@@ -99,6 +99,9 @@ pub struct PlannedStage {
     /// Remarks on closing figures by metric; not part of the key.
     #[serde(default)]
     pub notes: BTreeMap<String, String>,
+    /// Which of its checkpoints are kept; all when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub retention: Option<RetentionSpec>,
     /// What the stage says of itself before it runs, as names and values.
     #[serde(default)]
     pub facts: Vec<(String, String)>,

@@ -147,6 +147,10 @@ impl Engine {
             debug_assert_eq!(stored, *digest);
         }
         store.create_run(&id, plan.to_bytes().into()).await?;
+        // A collection may have taken what no run named until now.
+        for bytes in plan.blobs.values() {
+            store.put_blob(bytes.clone()).await?;
+        }
         self.walk(&store, plan, &id, names, options, weaker).await
     }
 
@@ -278,6 +282,8 @@ impl Run<'_> {
             return Err(Error::cancelled());
         }
         let entry = self.engine.entry(&stage.kind, stage.version)?;
+        // What is finished now stays: this run's plan is there, so a later collection knows what it names.
+        self.wait_for_collection(&stage.name).await?;
         let inputs = match cached::inputs(stage, &self.results) {
             Ok(inputs) => inputs,
             // An unselected stage whose own upstream was never run has no result either; whoever needs it will say so.
@@ -351,6 +357,12 @@ impl Run<'_> {
             self.write_status("running", None).await?;
         }
         failed.map_or(Ok(()), Err)
+    }
+
+    pub(crate) async fn wait_for_collection(&self, stage: &str) -> Result<(), Error> {
+        let told = |holder: &str| self.warn(stage, format!("waiting for {holder}, which removes what no run names"));
+        let (clock, cancel) = (self.engine.clock.as_ref(), &self.options.cancel);
+        Ok(self.store.wait_for_collection(clock, cancel, told).await?)
     }
 
     pub(crate) fn warn(&self, stage: &str, message: String) {

@@ -21,6 +21,7 @@ use crate::{
     cached::{self, Found, Inputs},
     check::parse_device,
     plan::{InputRef, Plan, PlannedStage, key::KeyRecord},
+    spec::RetentionSpec,
 };
 
 /// How often a request to stop and the lease are looked at.
@@ -123,6 +124,7 @@ impl Run<'_> {
         lease: &Lease,
     ) -> Result<(Outcome, StageResult), Error> {
         let key = record.key().to_string();
+        self.wait_for_collection(&stage.name).await?;
         match self.again_from(stage) {
             Some(seq) => self.rewind(stage, &key, seq, lease).await?,
             None => {
@@ -259,6 +261,7 @@ impl Run<'_> {
             stay: self.options.stay,
             at: place.at,
             as_it_is: place.as_it_is,
+            retention: stage.retention.as_ref().map(RetentionSpec::to_store),
         }))
     }
 

@@ -8,7 +8,7 @@ use dsv3_stage::{PortSpec, StageEntry};
 use dsv3_store::StoreOptions;
 use serde_json::{Map, Value, json};
 
-use crate::spec::{HookLimits, LeaseSettings};
+use crate::spec::{HookLimits, LeaseSettings, RetentionSpec};
 
 /// Reference to the schema of a placeholder.
 const PLACEHOLDER: &str = "#/$defs/placeholder";
@@ -45,6 +45,8 @@ pub(crate) fn pipeline(entries: &[StageEntry]) -> Value {
     defs.insert("lease".to_owned(), lease);
     let store = store(&mut defs);
     defs.insert("store".to_owned(), store);
+    let retention = hoist(schemars::schema_for!(RetentionSpec).to_value(), "retention", &mut defs);
+    defs.insert("retention".to_owned(), retention);
     json!({
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "dsv3-pipeline",
@@ -64,6 +66,7 @@ pub(crate) fn pipeline(entries: &[StageEntry]) -> Value {
             "threads": typed(json!({ "type": "integer", "minimum": 1 }), "Compute threads; never changes results."),
             "device": { "type": "string", "description": "Where tensors live.", "default": "cpu" },
             "lease": { "$ref": "#/$defs/lease" },
+            "retention": { "$ref": "#/$defs/retention" },
             "hooks": { "type": "object", "description": "WASM components by name.", "additionalProperties": { "$ref": "#/$defs/hook" } },
             "stages": { "type": "object", "description": "Stages by name.", "additionalProperties": { "$ref": "#/$defs/stage" } },
         },
@@ -117,6 +120,7 @@ fn stage(entry: &StageEntry, config: Value) -> Value {
                     "additionalProperties": false,
                 },
             },
+            "retention": { "$ref": "#/$defs/retention" },
             "notes": {
                 "type": "object",
                 "description": "Remarks in the closing table, by metric.",

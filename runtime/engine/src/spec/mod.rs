@@ -13,7 +13,7 @@ pub(crate) mod store;
 
 use std::{collections::BTreeMap, path::PathBuf};
 
-pub use runner::LeaseSettings;
+pub use runner::{Better, KeepBest, LeaseSettings, RetentionSpec};
 
 use crate::{
     diagnostics::{Diagnostic, Source, Sources, Span},
@@ -118,6 +118,8 @@ pub(crate) struct StageSpec {
     /// Absent means an empty map at the stage's name.
     pub(crate) config: Node,
     pub(crate) config_span: Span,
+    /// Which checkpoints are kept; the pipeline's word when absent.
+    pub(crate) retention: Option<RetentionSpec>,
 }
 
 /// A pipeline as written.

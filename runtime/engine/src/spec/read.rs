@@ -1,7 +1,7 @@
 //! The tree to [`Written`]: fields, names and shapes, without looking anything up.
 
 use super::{
-    HookLimits, HookSpec, InputSpec, LeaseSettings, LoadOptions, StageSpec, Word, Written,
+    HookLimits, HookSpec, InputSpec, LeaseSettings, LoadOptions, RetentionSpec, StageSpec, Word, Written,
     fields::{Fields, first, lacks},
     store,
 };
@@ -11,9 +11,9 @@ use crate::{
     yaml::{Entry, Node, Value},
 };
 
-const ROOT_KEYS: [&str; 10] =
-    ["version", "name", "params", "store", "seed", "threads", "device", "lease", "hooks", "stages"];
-const STAGE_KEYS: [&str; 6] = ["type", "inputs", "hooks", "config", "floors", "notes"];
+const ROOT_KEYS: [&str; 11] =
+    ["version", "name", "params", "store", "seed", "threads", "device", "lease", "retention", "hooks", "stages"];
+const STAGE_KEYS: [&str; 7] = ["type", "inputs", "hooks", "config", "floors", "notes", "retention"];
 const HOOK_KEYS: [&str; 5] = ["wasm", "world", "config", "limits", "on_error"];
 
 pub(super) fn written(
@@ -48,8 +48,14 @@ pub(super) fn written(
     }
     let hooks =
         named(&mut fields, entries, "hooks", "hook").iter().filter_map(|entry| hook(&mut fields, entry)).collect();
-    let stages: Vec<StageSpec> =
+    let mut stages: Vec<StageSpec> =
         named(&mut fields, entries, "stages", "stage").iter().filter_map(|entry| stage(&mut fields, entry)).collect();
+    let retention: Option<RetentionSpec> = typed(&mut fields, entries, "retention", "the pipeline");
+    if let Some(retention) = &retention {
+        for stage in stages.iter_mut().filter(|stage| stage.retention.is_none()) {
+            stage.retention = Some(retention.clone());
+        }
+    }
     if lacks(entries, "stages", &ROOT_KEYS) {
         fields.problem(top, "a pipeline has `stages`");
     }
@@ -200,6 +206,7 @@ fn stage(fields: &mut Fields<'_>, entry: &Entry) -> Option<StageSpec> {
     }
     let floors = typed(fields, entries, "floors", &what).unwrap_or_default();
     let notes = typed(fields, entries, "notes", &what).unwrap_or_default();
+    let retention = typed(fields, entries, "retention", &what);
     let empty = Node::new(Value::Map(Vec::new()), entry.key_span);
     let (config, config_span) = match first(entries, "config") {
         Some(config) => {
@@ -209,5 +216,5 @@ fn stage(fields: &mut Fields<'_>, entry: &Entry) -> Option<StageSpec> {
         }
         None => (empty, entry.key_span),
     };
-    Some(StageSpec { name: word(entry), kind: kind?, inputs, hooks, floors, notes, config, config_span })
+    Some(StageSpec { name: word(entry), kind: kind?, inputs, hooks, floors, notes, config, config_span, retention })
 }

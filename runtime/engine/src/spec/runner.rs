@@ -1,8 +1,9 @@
-//! What a pipeline says of its runners: leases. Nothing here changes a result, so nothing of it is in a key.
+//! What a pipeline says of its runners: leases, and which checkpoints are kept. Nothing here changes a result, so nothing of it
+//! is in a key.
 
 use std::time::Duration;
 
-use dsv3_store::{IfHeld, LeaseOptions};
+use dsv3_store::{Best, IfHeld, LeaseOptions, Retention};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -65,6 +66,68 @@ impl LeaseSettings {
         let expire = self.expire_seconds?;
         (expire < 2.0 * beat)
             .then(|| format!("`expire_seconds` is at least twice `beat_seconds`; {expire} is less than 2 x {beat}"))
+    }
+}
+
+/// Which checkpoints of a stage are kept; all when absent. The two newest valid ones of an unfinished stage always are.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct RetentionSpec {
+    /// How many of the newest are kept.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub keep_last: Option<u32>,
+    /// Those after a multiple of this many steps are kept.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1))]
+    pub keep_every: Option<u64>,
+    /// The best by a metric are kept.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub keep_best: Option<KeepBest>,
+}
+
+/// The best checkpoints by a metric.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct KeepBest {
+    /// A metric of the stage's steps or validations, such as `val_loss`.
+    pub metric: String,
+    /// How many are kept.
+    #[serde(default = "one")]
+    #[schemars(range(min = 1))]
+    pub count: u32,
+    /// What is better.
+    #[serde(default)]
+    pub better: Better,
+}
+
+/// Which end of a metric is the good one.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Better {
+    /// A loss.
+    #[default]
+    Lower,
+    /// A reward or an accuracy.
+    Higher,
+}
+
+/// How many newest checkpoints a policy keeps that does not say.
+const KEPT_LAST: u32 = 2;
+
+fn one() -> u32 {
+    1
+}
+
+impl RetentionSpec {
+    /// In the words of the store.
+    pub fn to_store(&self) -> Retention {
+        let best = self.keep_best.as_ref().map(|best| Best {
+            metric: best.metric.clone(),
+            count: best.count as usize,
+            higher: best.better == Better::Higher,
+        });
+        let last = self.keep_last.unwrap_or(KEPT_LAST) as usize;
+        Retention { last, every_steps: self.keep_every, best }
     }
 }
 
