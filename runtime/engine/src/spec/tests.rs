@@ -151,7 +151,7 @@ fn a_store_is_a_url_or_a_map_of_it_and_options() {
     let (url, options) = read.unwrap();
     assert_eq!((url.as_str(), options.allow_http), ("s3://b", Some(true)));
     let (_, problems) = store("", Some("{ url: s3://b, regoin: x }"));
-    assert!(problems.contains("--store={ url: s3://b, regoin: x }:1:23 unknown key `regoin`"), "{problems}");
+    assert!(problems.contains("--store={ url: s3://b, regoin: x }:1:22 unknown key `regoin`"), "{problems}");
     let text = format!("{TEXT}store: {{ url: s3://b }}\n");
     let (reading, problems) = load(&text, &["store.endpoint=http://h:9", "store.attempts=2"]);
     assert_eq!(problems, Vec::<String>::new());
