@@ -144,10 +144,13 @@ fn race(shop: &Shop, seed: u64) -> Shown {
     for (seq, expected) in records.keys().zip(1..) {
         assert_eq!(*seq, expected, "seed {seed}: a number is missing");
         let (kind, epoch) = &records[seq];
-        assert!(*epoch >= fence, "seed {seed}: {seq} of epoch {epoch} behind a fence of {fence}");
         match kind.as_str() {
-            "fence" => (fence, shown.takeovers) = (*epoch, shown.takeovers + 1),
-            _ => assert!(told.contains_key(seq), "seed {seed}: nobody was told of {seq}"),
+            // One that was paused while it wrote its own fence may leave it behind its successor's.
+            "fence" => (fence, shown.takeovers) = (fence.max(*epoch), shown.takeovers + 1),
+            _ => {
+                assert!(*epoch >= fence, "seed {seed}: {seq} of epoch {epoch} behind a fence of {fence}");
+                assert!(told.contains_key(seq), "seed {seed}: nobody was told of {seq}");
+            }
         }
     }
     shown.commits = told.len() as u64;

@@ -257,6 +257,8 @@ impl Store {
     pub async fn write_fence(&self, key: &str, epoch: u64) -> Result<u64> {
         let mut seq = self.checkpoint_seqs(key).await?.last().copied().unwrap_or(0) + 1;
         loop {
+            // Whoever writes a fence may have been replaced meanwhile; its fence would only stand in its successor's way.
+            self.check_lease(key, epoch).await?;
             match self.commit_record(&Record::new(RecordKind::Fence, key, seq, epoch)).await? {
                 Create::Created => return Ok(seq),
                 // The earlier holder got one more commit in; the fence belongs behind it.

@@ -298,8 +298,10 @@ impl Collection {
         for (key, last) in leases.silent.iter().filter(|_| fence) {
             let (place, holder) = (Place::stage(key), Holder::this_process("gc"));
             // If somebody was faster, that one waits for this collection before it looks at anything.
-            if let Some(lease) = store.take(&place, Some(last), &holder, LeaseOptions::default()).await? {
-                lease.release().await?;
+            match store.take(&place, Some(last), &holder, LeaseOptions::default()).await {
+                Ok(Some(lease)) => lease.release().await?,
+                Ok(None) | Err(StoreError::Fenced { .. }) => {}
+                Err(error) => return Err(error),
             }
         }
         Ok(leases)

@@ -218,10 +218,12 @@ impl Store {
                     || (silence > Duration::ZERO && silence >= last.expire.max(options.expire))
             });
             if free {
-                if let Some(lease) = self.take(&place, last.as_ref(), &holder, options).await? {
-                    return Ok(lease);
+                match self.take(&place, last.as_ref(), &holder, options).await {
+                    Ok(Some(lease)) => return Ok(lease),
+                    // Somebody was faster, or replaced this process before it was done.
+                    Ok(None) | Err(StoreError::Fenced { .. }) => continue,
+                    Err(error) => return Err(error),
                 }
-                continue;
             }
             if let Some(last) = last {
                 let new = Watch::look(&mut watch, &last, clock.monotonic());

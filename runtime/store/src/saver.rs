@@ -19,7 +19,7 @@ use serde_json::Value;
 use tokio::{runtime::Handle, task::JoinHandle};
 
 use crate::{
-    Checkpoint, Retention, Retired, Store, TensorEntry,
+    Checkpoint, CheckpointRecord, Retention, Retired, Store, TensorEntry,
     error::{Result, StoreError},
 };
 
@@ -225,13 +225,25 @@ impl Shared {
             Some(last) => last,
             None => self.store.checkpoint_seqs(&self.key).await?.last().copied().unwrap_or(0),
         };
-        let seq = last + 1;
-        let checkpoint = Checkpoint { seq, step, state, files, tensors };
-        self.store.commit_checkpoint(&self.key, self.epoch, &checkpoint).await?;
+        let mut checkpoint = Checkpoint { seq: last + 1, step, state, files, tensors };
+        loop {
+            match self.store.commit_checkpoint(&self.key, self.epoch, &checkpoint).await {
+                Ok(()) => break,
+                // Of a holder before this one that was paused while it wrote its fence: it stops nobody but itself.
+                Err(StoreError::Taken { .. }) if self.is_stale_fence(checkpoint.seq).await? => checkpoint.seq += 1,
+                Err(error) => return Err(error),
+            }
+        }
+        let seq = checkpoint.seq;
         *lock(&self.last_seq) = Some(seq);
         self.tell(Event::Checkpoint { stage: self.stage.clone(), seq, step }).await;
         self.retire().await;
         Ok(seq)
+    }
+
+    async fn is_stale_fence(&self, seq: u64) -> Result<bool> {
+        let record = self.store.checkpoint_record(&self.key, seq).await?;
+        Ok(matches!(record, CheckpointRecord::Fence { epoch } if epoch < self.epoch))
     }
 
     /// Emits an event from a thread that may block: a slow reader of events must not hold up heartbeats and connections,

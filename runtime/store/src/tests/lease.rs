@@ -124,6 +124,18 @@ async fn a_replaced_holder_commits_nothing_more() {
     assert_eq!(store.find_checkpoint("key").await.unwrap().last_seq, 3);
 }
 
+/// One that is replaced before it has written its fence writes none: it would only stop its successor.
+#[tokio::test]
+async fn a_holder_that_was_replaced_writes_no_fence() {
+    let store = Store::with_memory();
+    let first = take(&store, elsewhere(), NEVER).await;
+    first.release().await.unwrap();
+    let second = take(&store, elsewhere(), NEVER).await;
+    let error = store.write_fence("key", second.epoch() - 1).await.unwrap_err();
+    assert!(matches!(error, StoreError::Fenced { .. }), "{error}");
+    assert_eq!(store.find_checkpoint("key").await.unwrap().last_seq, 0);
+}
+
 /// Dropped in the middle, a lease is free at once, and whatever its holder still sends meets a fence.
 #[tokio::test]
 async fn a_dropped_lease_is_fenced_off_without_waiting() {

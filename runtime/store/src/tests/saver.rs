@@ -120,6 +120,21 @@ fn a_fence_stops_a_save_in_flight() {
     assert_eq!(saver.latest().unwrap().unwrap().step, 1);
 }
 
+/// The fence of a holder that was replaced while it wrote it stands in nobody's way but its own.
+#[test]
+fn a_fence_of_an_earlier_holder_is_stepped_over() {
+    let (runtime, looking, store) = (runtime(), runtime(), Store::with_memory());
+    let saver = saver(&store, &runtime, Events::none());
+    saver.start(save(1)).unwrap();
+    saver.finish().unwrap();
+    let gate = busy(&runtime);
+    saver.start(save(2)).unwrap();
+    assert_eq!(looking.block_on(store.write_fence("key", 0)).unwrap(), 2);
+    drop(gate);
+    saver.finish().unwrap();
+    assert_eq!((saver.last_seq(), saver.latest().unwrap().unwrap().step), (3, 2));
+}
+
 /// What was committed after the number gone back to stays in the store; readers pass it by.
 #[test]
 fn a_rewind_sends_readers_back_and_loses_nothing() {
