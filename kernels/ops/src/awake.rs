@@ -1,14 +1,21 @@
 //! Work made of many short parallel regions, such as a decoding step: threads stay awake between them.
 //!
 //! A thread of the pool that finds no work for some microseconds goes to sleep, and waking it takes longer than many
-//! a region of decoding lasts. [`with_threads_awake`] has the other threads look for work until it is over.
+//! a region of decoding lasts. [`with_threads_awake`] has the other threads look for work until it is over, or until
+//! there has been none for [`PATIENCE`].
 //!
-//! Invariant: only the time it takes changes.
+//! Invariants: only the time it takes changes. Looking ends by itself: a thread that waits inside a part of the work may
+//! draw the job that looks, on top of that part, and the work is over only after the part.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::{
+    sync::atomic::{AtomicBool, Ordering},
+    time::{Duration, Instant},
+};
 
 /// Times a thread looks at the pool before it offers its processor to others.
 const LOOKS: usize = 64;
+/// Time without any work after which a thread stops looking: many times the pause between two regions of decoding.
+const PATIENCE: Duration = Duration::from_millis(1);
 
 /// Runs `work` on a thread of the current pool while the others keep looking for parts of it. May nest.
 pub fn with_threads_awake<R: Send>(work: impl FnOnce() -> R + Send) -> R {
@@ -39,15 +46,19 @@ impl Drop for Ends<'_> {
 }
 
 fn look_for_work(over: &AtomicBool) {
-    let mut idle = 0;
+    let mut looks = 0;
+    let mut idle_since = Instant::now();
     while !over.load(Ordering::Acquire) {
         if rayon::yield_now() == Some(rayon::Yield::Executed) {
-            idle = 0;
-        } else if idle < LOOKS {
-            idle += 1;
+            looks = 0;
+            idle_since = Instant::now();
+        } else if looks < LOOKS {
+            looks += 1;
             std::hint::spin_loop();
+        } else if idle_since.elapsed() >= PATIENCE {
+            return;
         } else {
-            idle = 0;
+            looks = 0;
             std::thread::yield_now();
         }
     }
@@ -55,9 +66,47 @@ fn look_for_work(over: &AtomicBool) {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::mpsc;
+    use std::time::Duration;
+
     use rayon::prelude::*;
 
     use super::*;
+
+    /// A part of the work is begun by another thread, which waits inside it: there it draws the job that looks for
+    /// work, and the work waits for that part.
+    #[test]
+    fn a_thread_that_looks_inside_a_part_of_the_work_comes_back() {
+        let (done, is_done) = mpsc::channel();
+        std::thread::spawn(move || {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(2).build().expect("a pool");
+            let [part_begun, work_begun, part_done] = [const { AtomicBool::new(false) }; 3];
+            let wait_for = |flag: &AtomicBool| {
+                while !flag.load(Ordering::Acquire) {
+                    std::thread::yield_now();
+                }
+            };
+            pool.install(|| {
+                rayon::join(
+                    || {
+                        wait_for(&part_begun);
+                        with_threads_awake(|| {
+                            work_begun.store(true, Ordering::Release);
+                            wait_for(&part_done);
+                        });
+                    },
+                    || {
+                        part_begun.store(true, Ordering::Release);
+                        wait_for(&work_begun);
+                        while rayon::yield_now() == Some(rayon::Yield::Executed) {}
+                        part_done.store(true, Ordering::Release);
+                    },
+                )
+            });
+            done.send(()).expect("the test waits");
+        });
+        is_done.recv_timeout(Duration::from_secs(60)).expect("the thread that looks for work comes back");
+    }
 
     #[test]
     fn work_is_done_alone_nested_and_after_a_panic() {
