@@ -89,6 +89,8 @@ fn every_stored_format_lists_verifies_exports_and_resumes_with_the_same_bits() {
         }
         // A checkpoint of a stage that has not finished, and the last of one that has: the latter is the stage's own end.
         let out = |name: &str| place.path().join(name).display().to_string();
+        let said = expect(&place, 0, &["inspect", stopped, "longer"]);
+        assert!(said.contains("\"finished\": false") && said.contains("checkpoint 1: step "), "{said}");
         expect(&place, 0, &["export", stopped, "longer", "--at", "1", "--out", &out("longer-1")]);
         dsv3_model::load(Path::new(&out("longer-1")), dsv3_model::LoadPrecision::Own, false).expect("a model");
         expect(&place, 0, &["export", done, "base", "--at", "1", "--out", &out("base-1")]);
@@ -238,6 +240,10 @@ fn a_stage_resumes_at_a_checkpoint_and_nothing_committed_is_lost() {
     let (run, key) = (text(&expected, "/finished_run"), text(&expected, "/keys/base"));
     let folder = place.store().join(format!("stages/{key}/checkpoints"));
     let before = files(&folder);
+    let said = expect(&place, 65, &["resume", run, "base", "--at", "99"]);
+    assert!(said.contains("this stage has no checkpoint 99; it has 1, 2"), "{said}");
+    let said = expect(&place, 0, &["inspect", run, "base"]);
+    assert!(said.contains("checkpoint 1: step 3, ") && said.contains("checkpoint 2: step 6, "), "{said}");
     let ended = resumed(&place, &[run, "base", "--at", "1"]);
     assert_eq!(ended.of("stage_started", "base").next().expect("a start")["resumed_from"], 3);
     assert_eq!(ended.output("base", "model"), text(&expected, "/outputs/base/model"));

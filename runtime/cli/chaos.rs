@@ -108,8 +108,8 @@ fn faults(names: &[String]) -> Result<Vec<Fault>, Error> {
     let mut faults = Vec::new();
     for name in names {
         match (name.as_str(), Fault::from_name(name)) {
-            ("crashes", _) => faults.extend(ChaosOptions::CRASHES),
-            ("troubles", _) => faults.extend(ChaosOptions::TROUBLES),
+            ("crashes", _) => faults.extend(Fault::CRASHES),
+            ("troubles", _) => faults.extend(Fault::TROUBLES),
             (_, Some(fault)) if fault != Fault::Cut => faults.push(fault),
             _ => {
                 let known: Vec<&str> =

@@ -1,6 +1,6 @@
 //! `dsv3-pipeline inspect WHAT`: a digest of the store (an artifact's manifest), a stage of a run (`RUN STAGE`: its
-//! result, and on standard error a line for everything its guard did), or a safetensors file or model folder (the tensors
-//! by name, type and shape).
+//! result, and on standard error a line for everything its guard did and for each checkpoint; of a stage that has not
+//! finished, its checkpoints), or a safetensors file or model folder (the tensors by name, type and shape).
 //!
 //! A safetensors file is `[u64 little-endian length of the header][header: JSON][data]`; only the header is read.
 
@@ -11,7 +11,8 @@ use std::{
 };
 
 use dsv3_core::{Digest, Error};
-use serde_json::Value;
+use dsv3_store::{CheckpointRecord, Store, StoreError};
+use serde_json::{Value, json};
 
 use crate::common::{self, Failure};
 
@@ -45,10 +46,18 @@ pub(crate) async fn run(args: Args) -> Result<(), Failure> {
             let key = runs.into_iter().find(|run| run.run == id).and_then(|run| run.keys.get(stage).cloned());
             let absent = || Error::invalid(format!("run {id} has not come to a stage `{stage}`"));
             let key = key.ok_or_else(absent)?;
+            let (checkpoints, lines) = checkpoints(&store, &key).await?;
             let result = store.read_result(&key).await?;
-            let result = result.ok_or_else(|| Error::invalid(format!("stage `{stage}` has not finished")))?;
-            result.incidents().iter().for_each(common::tell);
-            serde_json::to_value(result)
+            if let Some(result) = &result {
+                result.incidents().iter().for_each(common::tell);
+            } else if checkpoints.is_empty() {
+                return Err(Error::invalid(format!("stage `{stage}` has not finished and has no checkpoint")).into());
+            }
+            lines.iter().for_each(common::tell);
+            match result {
+                Some(result) => serde_json::to_value(result),
+                None => Ok(json!({ "key": key, "finished": false, "checkpoints": checkpoints })),
+            }
         }
         None => {
             let digest: Digest = args.what.parse().map_err(|error| {
@@ -60,6 +69,27 @@ pub(crate) async fn run(args: Args) -> Result<(), Failure> {
     let text = value.and_then(|value| serde_json::to_string_pretty(&value));
     common::say(text.map_err(|error| Error::internal("cannot write JSON").source(error))?);
     Ok(())
+}
+
+/// The checkpoints of a stage, with a line for each; fences and rewinds have lines alone.
+async fn checkpoints(store: &Store, key: &str) -> Result<(Vec<Value>, Vec<String>), Failure> {
+    let (mut checkpoints, mut lines) = (Vec::new(), Vec::new());
+    for seq in store.checkpoint_seqs(key).await? {
+        lines.push(match store.checkpoint_record(key, seq).await {
+            Ok(CheckpointRecord::Checkpoint(checkpoint)) => {
+                let bytes: u64 = checkpoint.files.iter().map(|file| file.bytes).sum();
+                let (step, files) = (checkpoint.step, checkpoint.files.len());
+                checkpoints.push(json!({ "seq": seq, "step": step, "files": files, "bytes": bytes }));
+                let plural = if files == 1 { "file" } else { "files" };
+                format!("checkpoint {seq}: step {step}, {files} {plural}, {bytes} bytes")
+            }
+            Ok(CheckpointRecord::Fence { epoch }) => format!("{seq}: a fence, of the holder with epoch {epoch}"),
+            Ok(CheckpointRecord::Rewind { to, run }) => format!("{seq}: back to checkpoint {to}, by run {run}"),
+            Err(error @ (StoreError::Damaged { .. } | StoreError::Missing { .. })) => format!("{seq}: {error}"),
+            Err(error) => return Err(error.into()),
+        });
+    }
+    Ok((checkpoints, lines))
 }
 
 fn tensors(path: &Path) -> Result<(), Failure> {

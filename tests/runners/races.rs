@@ -55,10 +55,9 @@ fn race(shop: &Shop, seed: u64, tally: &mut Tally) {
             if reading[which].is_finished() {
                 continue;
             }
-            tiny::kill(ids[which], signal);
-            if signal == libc::SIGSTOP {
+            if tiny::kill_if_there(ids[which], signal) && signal == libc::SIGSTOP {
                 thread::sleep(Duration::from_millis(pause));
-                tiny::kill(ids[which], libc::SIGCONT);
+                tiny::kill_if_there(ids[which], libc::SIGCONT);
             }
         }
         for ended in reading.map(|thread| thread.join().expect("an end")) {

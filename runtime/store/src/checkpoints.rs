@@ -168,16 +168,25 @@ impl Store {
     /// The checkpoint `seq`, verified with all its files, rewound or not.
     ///
     /// # Errors
-    /// [`StoreError::Missing`] and [`StoreError::Damaged`] when there is none that can be used.
+    /// [`StoreError::NoCheckpoint`] when there is none, [`StoreError::Damaged`] when it cannot be used.
     pub async fn checkpoint_at(&self, key: &str, seq: u64) -> Result<Checkpoint> {
-        match self.load_checkpoint(key, seq).await? {
-            CheckpointRecord::Checkpoint(checkpoint) => Ok(checkpoint),
-            other => {
-                let what = if matches!(other, CheckpointRecord::Fence { .. }) { "a fence" } else { "a rewind" };
-                let path = self.display_path(&record_path(key, seq));
-                Err(StoreError::damaged(path, format!("it is {what}, no checkpoint")))
+        let seqs = self.checkpoint_seqs(key).await?;
+        if seqs.contains(&seq) {
+            if let CheckpointRecord::Checkpoint(checkpoint) = self.load_checkpoint(key, seq).await? {
+                return Ok(checkpoint);
             }
         }
+        let mut there = Vec::new();
+        for other in seqs {
+            match self.checkpoint_record(key, other).await {
+                Ok(CheckpointRecord::Fence { .. } | CheckpointRecord::Rewind { .. }) => {}
+                Ok(CheckpointRecord::Checkpoint(_)) | Err(StoreError::Damaged { .. }) => there.push(other),
+                // Removed since it was listed.
+                Err(StoreError::Missing { .. }) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Err(StoreError::NoCheckpoint { seq, there })
     }
 
     /// The record `seq` of the stage `key`; the files of a checkpoint are not looked at.

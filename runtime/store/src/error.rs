@@ -94,6 +94,17 @@ pub enum StoreError {
         /// What is wrong with its table.
         problem: String,
     },
+    /// A number was asked for at which there is no checkpoint.
+    #[error(
+        "this stage has no checkpoint {seq}; {}",
+        if there.is_empty() { "it has none at all".to_owned() } else { format!("it has {}", numbers(there)) }
+    )]
+    NoCheckpoint {
+        /// The number.
+        seq: u64,
+        /// The numbers at which there is one, damaged ones included.
+        there: Vec<u64>,
+    },
     /// A file outside the store is gone.
     #[error("input file {path} does not exist any more")]
     SourceMissing {
@@ -197,6 +208,11 @@ fn seconds(millis: &u64) -> f64 {
     *millis as f64 / 1000.0
 }
 
+/// Numbers as a list.
+fn numbers(numbers: &[u64]) -> String {
+    numbers.iter().map(u64::to_string).collect::<Vec<_>>().join(", ")
+}
+
 impl StoreError {
     /// What the operator does next.
     pub fn kind(&self) -> ErrorKind {
@@ -205,6 +221,7 @@ impl StoreError {
             Self::Missing { .. }
             | Self::Damaged { .. }
             | Self::Newer { .. }
+            | Self::NoCheckpoint { .. }
             | Self::SourceChanged { .. }
             | Self::Kind { .. }
             | Self::NoSuchFile { .. } => ErrorKind::Data,
@@ -229,6 +246,9 @@ impl StoreError {
             Self::Newer { .. } => {
                 "use that version of dsv3-pipeline, or a newer one; nothing was changed, and every format up to its own is \
                  read by each version"
+            }
+            Self::NoCheckpoint { .. } => {
+                "give a number that is there; `dsv3-pipeline inspect RUN STAGE` tells the step of each"
             }
             Self::Damaged { .. } => "delete the damaged object and run again: what made it is made anew",
             Self::SourceMissing { .. } => "restore the file and run again; what was finished stays finished",

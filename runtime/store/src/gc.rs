@@ -103,7 +103,7 @@ pub struct Collected {
     pub items: Vec<Item>,
     /// Leases that live, as `stage KEY: HOLDER`.
     pub live: Vec<String>,
-    /// Bytes that no record names but that are spared for now.
+    /// Bytes that no record names but that are too young to go, or that a living holder may be about to name.
     pub spared_bytes: u64,
 }
 

@@ -264,7 +264,7 @@ impl Shared {
                 let seqs: Vec<String> = seqs.iter().map(u64::to_string).collect();
                 say(Level::Info, format!("removed superseded checkpoints {}: {bytes} bytes", seqs.join(", "))).await;
             }
-            // The next commit tries again, and what is committed stays so.
+            // What was committed stays so, and superseded checkpoints stay until the next commit.
             Err(error) => say(Level::Warn, format!("superseded checkpoints stay for now: {error}")).await,
         }
     }

@@ -48,28 +48,13 @@ pub struct ChaosOptions {
 }
 
 impl ChaosOptions {
-    /// Every way for a process to die.
-    pub const CRASHES: [Fault; 3] = [Fault::CrashBefore, Fault::CrashAfter, Fault::Torn];
-    /// Everything a store may do short of lying about what it has written.
-    pub const TROUBLES: [Fault; 9] = [
-        Fault::Timeout,
-        Fault::LostAnswer,
-        Fault::AlreadyExists,
-        Fault::Full,
-        Fault::ReadOnly,
-        Fault::Short,
-        Fault::Flip,
-        Fault::Stall,
-        Fault::BrokenList,
-    ];
-
     /// Crashes at every operation, in memory, one trial at a time.
     pub fn new(seed: u64) -> Self {
         Self {
             seed,
             points_max: None,
             stages: Vec::new(),
-            faults: Self::CRASHES.to_vec(),
+            faults: Fault::CRASHES.to_vec(),
             only: None,
             folder: None,
             jobs: 1,

@@ -84,6 +84,20 @@ impl Fault {
         Self::CrashAfter,
         Self::Torn,
     ];
+    /// Every way for a process to die.
+    pub const CRASHES: [Self; 3] = [Self::CrashBefore, Self::CrashAfter, Self::Torn];
+    /// Everything a store may do to a process that lives, short of lying about what it has written.
+    pub const TROUBLES: [Self; 9] = [
+        Self::Timeout,
+        Self::LostAnswer,
+        Self::AlreadyExists,
+        Self::Full,
+        Self::ReadOnly,
+        Self::Short,
+        Self::Flip,
+        Self::Stall,
+        Self::BrokenList,
+    ];
 
     /// Its name in reports and arguments.
     pub fn name(self) -> &'static str {

@@ -1,10 +1,10 @@
 //! Collections take turns with each other, and with runners that look before they trust what lies in the store.
 //!
-//! A collection holds a lease at `gc/leases`, with a heartbeat as a stage's. A runner waits for the end of a collection
-//! before it looks for a finished stage, after it has taken a stage's lease, and after it has renewed an old blob: whatever
-//! it finds then is what the collection left. A collection begins by listing runs and leases, so of a runner that did not
-//! wait for it it knows. One whose heartbeat has been silent for `expire` is ended by whoever waits; it finds that before
-//! its next deletions and stops.
+//! A collection holds a lease at `gc/leases`, with a heartbeat as a stage's. A runner waits for the end of the
+//! collection it meets before it looks for a finished stage, after it has taken a stage's lease, and after it has renewed
+//! an old blob: whatever it finds then is what that collection left. A collection begins by listing runs and leases, so
+//! those that begin later know of the runner. One whose heartbeat has been silent for `expire` is ended by whoever waits;
+//! it finds that before its next deletions and stops.
 
 use std::{sync::Arc, time::Duration};
 
@@ -90,7 +90,8 @@ impl Turn {
 }
 
 impl Store {
-    /// Waits until no collection is under way; `on_wait` is told once who is waited for.
+    /// Waits for the end of the collection that is under way, if one is; `on_wait` is told once who is waited for.
+    /// One that begins after that is not waited for: it lists runs, leases and times that were there before this call.
     ///
     /// # Errors
     /// [`StoreError::Cancelled`] when `cancel` is set while waiting.
@@ -98,10 +99,11 @@ impl Store {
         let place = Place::folder(FOLDER);
         let options = options(IfHeld::Wait);
         let mut watch: Option<Watch> = None;
+        let mut met = None;
         loop {
             let asked = clock.monotonic();
             let Some(last) = self.last_lease(&place).await? else { return Ok(()) };
-            if !last.is_open() || last.is_gone() {
+            if !last.is_open() || last.is_gone() || *met.get_or_insert(last.epoch) != last.epoch {
                 return Ok(());
             }
             if Watch::look(&mut watch, &last, clock.monotonic()) {

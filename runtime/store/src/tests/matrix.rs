@@ -47,18 +47,6 @@ const ACTS: [Act; 12] = [
     Act::ListRuns,
 ];
 
-const FAULTS: [Fault; 9] = [
-    Fault::Timeout,
-    Fault::LostAnswer,
-    Fault::AlreadyExists,
-    Fault::Full,
-    Fault::ReadOnly,
-    Fault::Short,
-    Fault::Flip,
-    Fault::Stall,
-    Fault::BrokenList,
-];
-
 const CONTENT: &[u8] = b"the content of a blob";
 
 fn result() -> StageResult {
@@ -201,7 +189,7 @@ fn every_fault_at_every_operation_of_every_act() {
         let answer = act.run(&runtime, &log.wrap(&calm.store().unwrap())).unwrap();
         let seen = act.seen(&runtime, &calm.store().unwrap());
         for operation in log.operations() {
-            for fault in FAULTS.into_iter().filter(|fault| fault.meets(operation.kind)) {
+            for fault in Fault::TROUBLES.into_iter().filter(|fault| fault.meets(operation.kind)) {
                 let place = format!("{act:?}, {operation}, {fault}");
                 let ground = base.fork().unwrap();
                 let faults = Faults::default();
