@@ -2,7 +2,8 @@
 //! does up to K steps of a training stage again from a checkpoint, in memory, and compares every figure and, where the next
 //! checkpoint is reached, every tensor bit for bit. A sound run gets a certificate, `runs/<id>/certificates/<n>.json`.
 //!
-//! Exit 65 when anything is not what was written; each such object is named on a line of its own.
+//! Exit 65 when anything is not what was written; each such object is named on a line of its own. Exit 69 when the run is
+//! sound and the store takes no certificate; `--no-certificate` wants none.
 
 use dsv3_core::Error;
 use dsv3_engine::{Replay, Verification, VerifyOptions};
@@ -31,6 +32,9 @@ pub(crate) struct Args {
     /// Compute threads of the replay; results do not depend on them
     #[arg(long, value_name = "N")]
     threads: Option<usize>,
+    /// Write nothing: no certificate of a sound run
+    #[arg(long)]
+    no_certificate: bool,
     /// Print one JSON value
     #[arg(long)]
     pub(crate) json: bool,
@@ -44,13 +48,17 @@ pub(crate) async fn run(args: Args) -> Result<(), Failure> {
     let store = common::open_store(&engine, &args.store)?;
     let id = engine.find_run(&store, &args.run).await?;
     common::set_threads(args.threads);
-    let (stage, replay, at, threads) = (args.stage, args.replay, args.at, args.threads);
-    let options = VerifyOptions { stage, replay, at, threads, cancel: cancel.clone() };
+    let Args { stage, replay, at, threads, no_certificate, .. } = args;
+    let options = VerifyOptions { stage, replay, at, threads, no_certificate, cancel: cancel.clone() };
     let found = unless_stopped(&cancel, engine.verify(&store, &id, &options)).await?;
     if args.json {
         common::say_json(&found)?;
     } else {
         show(&found);
+    }
+    if let Some(refusal) = found.uncertified {
+        let error = Error::unavailable(format!("run {id} is sound; no certificate was written: {refusal}"));
+        return Err(error.help("give write access, or verify with --no-certificate").into());
     }
     if found.is_sound() {
         return Ok(());

@@ -173,7 +173,7 @@ fn a_read_only_mount_is_one_error_and_can_be_read() {
     let folder = place.path().join("model");
     let folder = folder.display().to_string();
     let page = place.path().join("page").display().to_string();
-    let reads: [(&[&str], &str); 7] = [
+    let reads: [(&[&str], &str); 8] = [
         (&["plan", &recipe], "be found finished"),
         (&["explain", &recipe, "sft"], "finished"),
         (&["run", &recipe, "--dry-run"], "be found finished"),
@@ -181,12 +181,19 @@ fn a_read_only_mount_is_one_error_and_can_be_read() {
         (&["inspect", "last", "base"], "model"),
         (&["get", "last", "sft.model", &folder], ""),
         (&["report", "last", "--out", &page], "report.md"),
+        (&["verify", "last", "--no-certificate"], "objects, "),
     ];
     for (args, part) in reads {
         let (code, said, errors) = read_only(&place, &[args, &store].concat());
         assert_eq!(code, Some(0), "{args:?}\n{said}{errors}");
         assert!(said.contains(part), "{part} of {args:?} in\n{said}");
     }
+    let (code, said, errors) = read_only(&place, &[&["verify", "last"][..], &store].concat());
+    assert_eq!(code, Some(69), "{errors}");
+    assert!(
+        said.contains("objects, ") && errors.contains("is sound; no certificate was written: cannot create "),
+        "{errors}"
+    );
     assert!(Path::new(&folder).join("model.safetensors").is_file());
     assert_eq!(listing(&place), before, "nothing was written");
     assert_eq!(place.done(&[]).outcome("evaluation"), Some("cached"), "and nothing is lost");

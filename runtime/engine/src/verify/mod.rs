@@ -5,7 +5,7 @@ mod certificate;
 mod objects;
 mod replay;
 
-use dsv3_core::Cancel;
+use dsv3_core::{Cancel, ErrorKind};
 use dsv3_store::Store;
 use serde::{Deserialize, Serialize};
 
@@ -25,6 +25,8 @@ pub struct VerifyOptions {
     pub at: Option<u64>,
     /// Compute threads of the replay.
     pub threads: Option<usize>,
+    /// Write nothing, not even the certificate of a sound run.
+    pub no_certificate: bool,
     /// Asks to stop.
     pub cancel: Cancel,
 }
@@ -45,9 +47,13 @@ pub struct Verification {
     /// The steps that were done again.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub replay: Option<Replay>,
-    /// Path of the certificate in the store; none when something is wrong.
+    /// Path of the certificate in the store; none when something is wrong, when none was wanted, or when the store takes
+    /// no write.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub certificate: Option<String>,
+    /// Why a sound run has no certificate although one was wanted: the store takes no write.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub uncertified: Option<String>,
 }
 
 impl Verification {
@@ -61,7 +67,8 @@ impl Engine {
     /// Verifies the stored run `id`, from the store alone, and writes a certificate when it is sound.
     ///
     /// # Errors
-    /// When the store cannot be read or written, or holds records of a newer build. Damage is no error: it is reported.
+    /// When the store cannot be read, or holds records of a newer build. Damage is no error: it is reported; so is a store
+    /// that takes no certificate.
     pub async fn verify(&self, store: &Store, id: &str, options: &VerifyOptions) -> Result<Verification, EngineError> {
         let mut look = objects::Look::new(store, id);
         let plan = look.run_records().await?;
@@ -73,6 +80,7 @@ impl Engine {
             stages: Vec::new(),
             replay: None,
             certificate: None,
+            uncertified: None,
         };
         if let Some(plan) = &plan {
             if let Some(stage) = &options.stage {
@@ -90,8 +98,12 @@ impl Engine {
         if let (Some(steps), Some(plan), true) = (options.replay, &plan, found.damaged.is_empty()) {
             found.replay = Some(self.replay(store, id, plan, steps, options).await?);
         }
-        if let Some(plan) = plan.filter(|_| found.is_sound()) {
-            found.certificate = Some(certificate::write(self, store, &plan, &found, options.threads).await?);
+        if let Some(plan) = plan.filter(|_| found.is_sound() && !options.no_certificate) {
+            match certificate::write(self, store, &plan, &found, options.threads).await {
+                Ok(path) => found.certificate = Some(path),
+                Err(error) if error.kind == ErrorKind::Unavailable => found.uncertified = Some(error.to_string()),
+                Err(error) => return Err(error.into()),
+            }
         }
         Ok(found)
     }
