@@ -171,10 +171,10 @@ impl Store {
     /// [`StoreError::NoCheckpoint`] when there is none, [`StoreError::Damaged`] when it cannot be used.
     pub async fn checkpoint_at(&self, key: &str, seq: u64) -> Result<Checkpoint> {
         let seqs = self.checkpoint_seqs(key).await?;
-        if seqs.contains(&seq) {
-            if let CheckpointRecord::Checkpoint(checkpoint) = self.load_checkpoint(key, seq).await? {
-                return Ok(checkpoint);
-            }
+        if seqs.contains(&seq)
+            && let CheckpointRecord::Checkpoint(checkpoint) = self.load_checkpoint(key, seq).await?
+        {
+            return Ok(checkpoint);
         }
         let mut there = Vec::new();
         for other in seqs {
