@@ -3,20 +3,19 @@
 //! The rounding functions leave what a product reads, words or values, because products need them at once and the codes
 //! only later.
 
+mod columns;
+
 use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::codec::{amax_bits, decode_lanes, decode_run, max_bits, round_lanes, round_run};
+use super::codec::{amax_bits, decode_lanes, decode_run, round_run};
 use super::{Encoding, Fp8, Fp8Scales, TILE, Tile};
 use crate::gemm::{Form, pair};
 use crate::isa::{Isa, simd_fn};
 use crate::{memory, scratch};
+pub(crate) use columns::{round_columns, tile_rows};
 
-/// Columns measured and rounded together; their 128 rows stay in the second-level cache.
-const STRIP: usize = 256;
-/// Columns of one step: one vector, or two or four narrow ones.
-const LANES: usize = 16;
 /// Fewer elements than this are not worth a second thread.
 const SERIAL_ELEMENTS_MAX: usize = 1 << 14;
 
@@ -183,153 +182,6 @@ pub(crate) fn round_rows(isa: Isa, source: Source<'_>, rows: usize, cols: usize,
     tasks.into_par_iter().for_each(work);
 }
 
-/// A vector of values, as [`columns_by`] leaves it for one view.
-trait Kept {
-    /// Whether values are code · scale.
-    const SCALED: bool;
-    /// Stores parts, `len` long from column `col` on, of rows 2i and 2i + 1, of which the second may lie past the end.
-    fn store(words: &mut [f32], cols: usize, i: usize, col: usize, parts: [&[f32; LANES]; 2], len: usize);
-}
-
-struct InValues<const SCALED: bool>;
-impl<const SCALED: bool> Kept for InValues<SCALED> {
-    const SCALED: bool = SCALED;
-    #[inline(always)]
-    fn store(words: &mut [f32], cols: usize, i: usize, col: usize, parts: [&[f32; LANES]; 2], len: usize) {
-        let at = 2 * i * cols + col;
-        store_lanes(&mut words[at..at + len], parts[0]);
-        if let Some(second) = words.get_mut(at + cols..at + cols + len) {
-            store_lanes(second, parts[1]);
-        }
-    }
-}
-
-struct InPairs;
-impl Kept for InPairs {
-    const SCALED: bool = false;
-    #[inline(always)]
-    fn store(words: &mut [f32], cols: usize, i: usize, col: usize, parts: [&[f32; LANES]; 2], len: usize) {
-        let at = i * cols + col;
-        let mut both = [0.0; LANES];
-        for lane in 0..LANES {
-            both[lane] = pair(parts[0][lane], parts[1][lane]);
-        }
-        store_lanes(&mut words[at..at + len], &both);
-    }
-}
-
-simd_fn! {
-    /// Rounds up to 128 rows of `cols` values in tiles of one column.
-    fn columns_body(values: &[f32], out: Rounded<'_>, cols: usize, rule: Rule) {
-        match rule.view {
-            View::Values => columns_by::<InValues<true>>(values, out, cols, rule),
-            View::Words(Form::F32) => columns_by::<InValues<false>>(values, out, cols, rule),
-            View::Words(Form::Pairs) => columns_by::<InPairs>(values, out, cols, rule),
-        }
-    }
-}
-
-#[inline(always)]
-fn columns_by<K: Kept>(values: &[f32], out: Rounded<'_>, cols: usize, rule: Rule) {
-    let Rounded { words, codes, scales } = out;
-    let mut first = 0;
-    while first < cols {
-        let range = first..(first + STRIP).min(cols);
-        let mut amax = [[0u32; LANES]; STRIP / LANES];
-        for row in values.chunks(cols) {
-            for (amax, x) in amax.iter_mut().zip(row[range.clone()].chunks(LANES)) {
-                let x = load_lanes(x);
-                for lane in 0..LANES {
-                    amax[lane] = max_bits(amax[lane], x[lane]);
-                }
-            }
-        }
-        let (mut scale, mut inv) = ([[1f32; LANES]; STRIP / LANES], [[0f32; LANES]; STRIP / LANES]);
-        let used = range.len().div_ceil(LANES);
-        for ((amax, scale), inv) in amax[..used].iter().zip(&mut scale).zip(&mut inv) {
-            for lane in 0..LANES {
-                (scale[lane], inv[lane]) = factors(amax[lane], rule.encoding, rule.scales);
-            }
-        }
-        scales[range.clone()].copy_from_slice(&scale.as_flattened()[..range.len()]);
-        if !K::SCALED {
-            scale = [[1.0; LANES]; STRIP / LANES];
-        }
-        for (i, two) in values.chunks(2 * cols).enumerate() {
-            for ((at, scale), inv) in range.clone().step_by(LANES).zip(&scale).zip(&inv) {
-                let len = LANES.min(range.end - at);
-                let mut parts = [[0f32; LANES]; 2];
-                for (j, part) in parts.iter_mut().enumerate().take(two.len() / cols) {
-                    *part = load_lanes(&two[j * cols + at..j * cols + at + len]);
-                    if codes.is_empty() {
-                        round_lanes(part, &mut [], rule.encoding, inv, scale);
-                    } else {
-                        let mut strip = [0u8; LANES];
-                        round_lanes(part, &mut strip, rule.encoding, inv, scale);
-                        codes[(2 * i + j) * cols + at..][..len].copy_from_slice(&strip[..len]);
-                    }
-                }
-                K::store(words, cols, i, at, [&parts[0], &parts[1]], len);
-            }
-        }
-        first += STRIP;
-    }
-}
-
-/// Part of a row, zero past its end. The constant length lets the loops over it become vectors.
-#[inline(always)]
-fn load_lanes(x: &[f32]) -> [f32; LANES] {
-    if let Ok(full) = x.try_into() {
-        return full;
-    }
-    let mut lanes = [0.0; LANES];
-    lanes[..x.len()].copy_from_slice(x);
-    lanes
-}
-
-#[inline(always)]
-fn store_lanes(x: &mut [f32], lanes: &[f32; LANES]) {
-    match <&mut [f32; LANES]>::try_from(&mut *x) {
-        Ok(full) => *full = *lanes,
-        Err(_) => x.copy_from_slice(&lanes[..x.len()]),
-    }
-}
-
-/// Rounds `source` `[rows, cols]` in tiles of 128 rows by one column that start anew at each of `offsets`; scales are
-/// `[tiles, cols]`, and words of pairs start anew at each of `offsets` too.
-pub(crate) fn round_columns(
-    isa: Isa,
-    source: Source<'_>,
-    cols: usize,
-    offsets: &[usize],
-    rule: Rule,
-    out: Rounded<'_>,
-) {
-    let rows = offsets.last().copied().unwrap_or(0);
-    if rows * cols == 0 {
-        return;
-    }
-    let (mut tasks, mut rest) = (Vec::new(), out);
-    for range in tile_rows(offsets) {
-        let here;
-        (here, rest) = rest.split(rule.view.words(range.len()) * cols, range.len() * cols, cols);
-        tasks.push((range, here));
-    }
-    let work = |(range, out): (Range<usize>, Rounded<'_>)| {
-        source.with(range.start * cols..range.end * cols, |values| columns_body(isa, values, out, cols, rule));
-    };
-    if rows * cols <= SERIAL_ELEMENTS_MAX {
-        tasks.into_iter().for_each(work);
-    } else {
-        tasks.into_par_iter().for_each(work);
-    }
-}
-
-/// Row ranges of the column tiles of `offsets`.
-pub(crate) fn tile_rows(offsets: &[usize]) -> impl Iterator<Item = Range<usize>> + '_ {
-    offsets.windows(2).flat_map(|w| (w[0]..w[1]).step_by(TILE).map(move |start| start..(start + TILE).min(w[1])))
-}
-
 simd_fn! {
     /// Rounds up to 128 rows of `cols` values in blocks of 128 by 128.
     fn block_row_body(w: &[f32], codes: &mut [u8], scales: &mut [f32], cols: usize, encoding: Encoding, kind: Fp8Scales) {
@@ -419,117 +271,4 @@ pub(crate) fn decode_rows(isa: Isa, fp8: &Fp8, first: usize, out: &mut [f32]) {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::testing::values;
-
-    const ENCODINGS: [Encoding; 2] = [Encoding::E4m3, Encoding::E5m2];
-    const KINDS: [Fp8Scales; 2] = [Fp8Scales::F32, Fp8Scales::Ue8m0];
-
-    /// One tile by its definition.
-    fn plain(tile: &[f32], encoding: Encoding, kind: Fp8Scales) -> (f32, Vec<u8>) {
-        let amax = tile.iter().fold(0f32, |acc, x| acc.max(x.abs()));
-        let top = encoding.top();
-        if amax == 0.0 {
-            return (1.0, tile.iter().map(|x| encoding.encode(*x)).collect());
-        }
-        match kind {
-            Fp8Scales::F32 => (amax / top, tile.iter().map(|x| encoding.encode(x * (top / amax))).collect()),
-            Fp8Scales::Ue8m0 => {
-                let scale = f64::from(amax / top).log2().ceil().exp2() as f32;
-                (scale, tile.iter().map(|x| encoding.encode(x / scale)).collect())
-            }
-        }
-    }
-
-    #[test]
-    fn every_instruction_set_rounds_tiles_by_the_definition() {
-        for (rows, cols) in [(1, 1), (3, 300), (130, 17), (257, 40), (40, 520)] {
-            let mut x = values(&[rows, cols], 9).into_f32();
-            for (i, x) in x.iter_mut().enumerate() {
-                // Magnitudes over many binades, and some tiles of zeros.
-                *x *= if (i / 700) % 3 == 1 { 0.0 } else { 2f32.powi((i % 41) as i32 - 20) };
-            }
-            let offsets = [0, rows / 3, rows / 3, rows];
-            let fill: Fill<'_> = &|range, out| out.copy_from_slice(&x[range]);
-            for (isa, encoding, kind) in Isa::all()
-                .into_iter()
-                .flat_map(|isa| ENCODINGS.map(|e| (isa, e)))
-                .flat_map(|(isa, e)| KINDS.map(|kind| (isa, e, kind)))
-            {
-                let rule = |view| Rule { encoding, scales: kind, view };
-                let mut codes = vec![0; x.len()];
-                let rounded = |view: View, codes: &mut [u8]| {
-                    let mut words = vec![0.0; rows * view.words(cols)];
-                    let mut scales = vec![0.0; rows * cols.div_ceil(TILE)];
-                    let out = Rounded { words: &mut words, codes, scales: &mut scales };
-                    round_rows(isa, Source::Computed(fill), rows, cols, rule(view), out);
-                    (words, scales)
-                };
-                let (out, scales) = rounded(View::Values, &mut codes);
-                let tiles = x.chunks(cols).flat_map(|row| row.chunks(TILE));
-                let code_tiles = codes.chunks(cols).flat_map(|row| row.chunks(TILE));
-                for ((tile, codes), scale) in tiles.zip(code_tiles).zip(&scales) {
-                    assert_eq!((*scale, codes.to_vec()), plain(tile, encoding, kind), "{isa:?} {encoding:?} {kind:?}");
-                }
-                assert_eq!(rounded(View::Values, &mut []), (out, scales));
-                let value = |code: Option<&u8>| code.map_or(0.0, |code| encoding.decode(*code));
-                let (words, _) = rounded(View::Words(Form::F32), &mut []);
-                assert_eq!(words, codes.iter().map(|code| value(Some(code))).collect::<Vec<_>>());
-                let (words, _) = rounded(View::Words(Form::Pairs), &mut []);
-                let pairs = codes.chunks(cols).flat_map(|row| row.chunks(2));
-                let pairs: Vec<_> = pairs.map(|two| pair(value(two.first()), value(two.get(1))).to_bits()).collect();
-                assert_eq!(words.iter().map(|word| word.to_bits()).collect::<Vec<_>>(), pairs);
-
-                let rounded = |view: View, codes: &mut [u8]| {
-                    let word_rows = tile_rows(&offsets).map(|range| view.words(range.len())).sum::<usize>();
-                    let mut words = vec![0.0; word_rows * cols];
-                    let mut scales = vec![0.0; tile_rows(&offsets).count() * cols];
-                    let out = Rounded { words: &mut words, codes, scales: &mut scales };
-                    round_columns(isa, Source::Plain(&x), cols, &offsets, rule(view), out);
-                    (words, scales)
-                };
-                let (out, scales) = rounded(View::Values, &mut codes);
-                let mut pairs = Vec::new();
-                for (range, scales) in tile_rows(&offsets).zip(scales.chunks(cols)) {
-                    for col in 0..cols {
-                        let column = |of: &[f32]| range.clone().map(|row| of[row * cols + col]).collect::<Vec<_>>();
-                        let column_codes: Vec<u8> = range.clone().map(|row| codes[row * cols + col]).collect();
-                        assert_eq!((scales[col], column_codes.clone()), plain(&column(&x), encoding, kind));
-                        let decoded: Vec<f32> =
-                            column_codes.iter().map(|c| encoding.decode(*c) * scales[col]).collect();
-                        assert_eq!(column(&out), decoded);
-                    }
-                    for row in range.clone().step_by(2) {
-                        let code = |row: usize, col| value(codes[..range.end * cols].get(row * cols + col));
-                        pairs.extend((0..cols).map(|col| pair(code(row, col), code(row + 1, col)).to_bits()));
-                    }
-                }
-                assert_eq!(rounded(View::Values, &mut []).0, out);
-                let (words, _) = rounded(View::Words(Form::F32), &mut []);
-                assert_eq!(words, codes.iter().map(|code| value(Some(code))).collect::<Vec<_>>());
-                let (words, _) = rounded(View::Words(Form::Pairs), &mut []);
-                assert_eq!(words.iter().map(|word| word.to_bits()).collect::<Vec<_>>(), pairs);
-            }
-        }
-    }
-
-    #[test]
-    fn the_tiniest_tiles_stay_finite_and_nan_stays_nan() {
-        let values = |x: &[f32], encoding, scales| {
-            let rule = Rule { encoding, scales, view: View::Values };
-            let (mut words, mut scales) = (vec![0.0; x.len()], [0.0]);
-            let out = Rounded { words: &mut words, codes: &mut [], scales: &mut scales };
-            round_rows(Isa::best(), Source::Plain(x), 1, x.len(), rule, out);
-            words
-        };
-        for tiny in [1e-38f32, f32::from_bits(1), f32::MIN_POSITIVE] {
-            for (encoding, kind) in ENCODINGS.into_iter().flat_map(|e| KINDS.map(|k| (e, k))) {
-                let out = values(&[tiny, 0.0, -0.0], encoding, kind);
-                assert!(out.iter().all(|x| x.is_finite()), "{tiny:e} {encoding:?} {kind:?}: {out:?}");
-            }
-        }
-        let out = values(&[f32::NAN, 1.0], Encoding::E4m3, Fp8Scales::F32);
-        assert!(out[0].is_nan() && out[1] == 1.0);
-    }
-}
+mod tests;
