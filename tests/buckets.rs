@@ -86,6 +86,12 @@ fn a_bucket_without_conditional_create_is_refused_or_promised_to_one_writer() {
     }
     assert!(!place.store().join("runs").exists(), "nothing of a run was written");
     let map = format!("{{ url: \"{}\", conditional_create: single_writer }}", server.url("runs"));
+    for (store, code) in [(&server.url("runs"), 64), (&map, 0)] {
+        let collected = place.command(&["gc", store]).output().expect("it runs");
+        let said = String::from_utf8_lossy(&collected.stderr).into_owned();
+        assert_eq!(collected.status.code(), Some(code), "{said}");
+        assert!(said.contains("does not honour conditional create"), "{said}");
+    }
     let place = place.reached(map, server.env());
     let warned = |ended: &Ended| {
         let mut said = ended.of("log", "store").filter_map(|event| event["message"].as_str());

@@ -52,6 +52,7 @@ pub(crate) async fn run(args: Args) -> Result<(), Failure> {
     let waiting = |holder: &dsv3_store::Holder| common::tell(format!("waiting for {holder}, which collects here"));
     // A collection may be interrupted anywhere; the next one finishes it.
     let report = unless_stopped(&cancel, engine.collect(&store, &options, waiting)).await?;
+    report.warning.iter().for_each(|warning| common::tell(format!("warning: {warning}")));
     show(&report, args.dry_run, args.json)
 }
 
@@ -68,7 +69,7 @@ fn word(what: Removed, count: usize) -> String {
 
 /// Everything on a dry run; the sum always.
 fn show(report: &GcReport, dry_run: bool, json: bool) -> Result<(), Failure> {
-    let GcReport { runs_kept, collected } = report;
+    let GcReport { runs_kept, collected, .. } = report;
     let bytes: u64 = collected.items.iter().map(|item| item.bytes).sum();
     let mut sums: BTreeMap<Removed, (usize, u64)> = BTreeMap::new();
     for item in &collected.items {

@@ -10,12 +10,16 @@ use std::{
 };
 
 use dsv3_core::{Cancel, Event};
-use dsv3_store::{CollectOptions, Collected, Holder, Retention, Roots, StageResult, Store, parse_events};
+use dsv3_store::{
+    CollectOptions, Collected, ConditionalCreate, CreateMode, Holder, Retention, Roots, StageResult, Store,
+    parse_events,
+};
 
 use crate::{
     Engine, cached,
     error::EngineError,
     plan::{Plan, PlannedStage},
+    run::weaker_mode,
     runs::summary,
     spec::RetentionSpec,
 };
@@ -40,6 +44,8 @@ pub struct GcReport {
     pub runs_kept: usize,
     /// What the store found.
     pub collected: Collected,
+    /// Said when the store does not honour conditional create and whoever opened it promised to be alone.
+    pub warning: Option<String>,
 }
 
 impl Engine {
@@ -47,13 +53,15 @@ impl Engine {
     /// waited for.
     ///
     /// # Errors
-    /// Data when a plan cannot be read; Cancelled when a run to remove is being worked on; of the store.
+    /// Invalid when the store does not honour conditional create; Data when a plan cannot be read; Cancelled when a run to remove is being worked on; of the store.
     pub async fn collect(
         &self,
         store: &Store,
         options: &GcOptions,
         on_wait: impl Fn(&Holder),
     ) -> Result<GcReport, EngineError> {
+        let mode = store.probe(ConditionalCreate::Required).await?;
+        let warning = (mode == CreateMode::SingleWriter).then(|| weaker_mode(store));
         let collection = store.begin_collection(self.clock.clone(), &options.cancel, on_wait).await?;
         let roots = match self.roots(store, options).await {
             Ok(roots) => roots,
@@ -64,7 +72,7 @@ impl Engine {
         };
         let runs_kept = roots.runs.len();
         let grace = CollectOptions { dry_run: options.dry_run, grace: options.grace };
-        Ok(GcReport { runs_kept, collected: collection.collect(&roots, grace).await? })
+        Ok(GcReport { runs_kept, collected: collection.collect(&roots, grace).await?, warning })
     }
 
     async fn roots(&self, store: &Store, options: &GcOptions) -> Result<Roots, EngineError> {

@@ -186,13 +186,7 @@ impl Engine {
     /// Finds out whether the store honours conditional create; answers what a run says when it goes on without.
     async fn probe(&self, store: &Store, plan: &Plan) -> Result<Option<String>, EngineError> {
         let mode = store.probe(plan.store_options.conditional_create).await?;
-        Ok((mode == CreateMode::SingleWriter).then(|| {
-            format!(
-                "{} does not honour conditional create, and `conditional_create: single_writer` promises that no other \
-                 process works on it: two at a time could both commit",
-                store.url()
-            )
-        }))
+        Ok((mode == CreateMode::SingleWriter).then(|| weaker_mode(store)))
     }
 
     async fn walk(
@@ -249,6 +243,15 @@ impl Engine {
 }
 
 /// `{"value", "floor", "ok"}` and what else a figure says.
+/// What is said of a store that is used without conditional create.
+pub(crate) fn weaker_mode(store: &Store) -> String {
+    format!(
+        "{} does not honour conditional create, and `conditional_create: single_writer` promises that no other process \
+         works on it: two at a time could both commit",
+        store.url()
+    )
+}
+
 pub(crate) fn figure_json(figure: &Figure) -> Value {
     serde_json::to_value(figure).unwrap_or_default()
 }
