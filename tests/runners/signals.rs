@@ -1,6 +1,7 @@
 //! SIGTERM, SIGINT and SIGUSR1 at random moments of every stage: while the program starts and plans, inside the stage, when a
 //! checkpoint is due, when the stage or the run has just ended, one signal or two. The process ends with 75, or with 0 when it
-//! was done; a training stage has saved its last step; and a second process ends with the bits of an undisturbed run.
+//! was done; a training stage has saved its last step; and a second process ends with the bits of an undisturbed run. On a
+//! local disk and on a real S3 server by turns.
 //!
 //! One moment a stage by default, `DSV3_SIGNALS` asks for more of each; `results/races.md` has what 25 gave:
 //!
@@ -99,7 +100,10 @@ fn signals_at_any_moment_of_any_stage() {
             let mut rng = Rng::new(11).key("signals").key(stage).key(i);
             let moment = MOMENTS[(i as usize + place) % MOMENTS.len()];
             // The server's own needs are finished by the process that is stopped, unless it is stopped before.
-            let shop = Shop::on_disk(&place_before(if stage == "server" { "release" } else { stage }));
+            let before = place_before(if stage == "server" { "release" } else { stage });
+            // Every moment meets both kinds of store when each stage has ten of them.
+            let in_bucket = (i as usize / MOMENTS.len() + place) % 2 == 1;
+            let shop = if in_bucket { Shop::on_s3(&before) } else { Shop::on_disk(&before) };
             let mut runner = shop.start(&["run", &recipe(), "--until", stage]);
             let id = runner.id();
             let told = wait_for(&mut runner, moment, stage, interval, &mut rng);
