@@ -2,7 +2,7 @@
 //!
 //! `cargo bench -p dsv3-ops --bench few`, or `RAYON_NUM_THREADS=1 cargo bench ..` for one core. Reads of a buffer as large as
 //! the weight alternate with the products, so that both meet the same load; the last column is their ratio. One row is
-//! bound by memory, eight rows by the processor.
+//! bound by memory, eight rows by the processor. `-- --isa avx2` limits the instruction set.
 
 use std::hint::black_box;
 use std::time::Instant;
@@ -35,6 +35,11 @@ fn read(words: &[u64]) {
 }
 
 fn main() {
+    let mut args = std::env::args().skip_while(|arg| arg != "--isa");
+    if let Some(name) = args.nth(1) {
+        dsv3_ops::limit_instruction_set(&name).expect("an instruction set of this machine");
+    }
+    println!("{}, {} threads", dsv3_ops::instruction_set(), rayon::current_num_threads());
     let (n, k) = SIZES;
     let fp8 = Precision::Fp8 { format: Fp8Format::E4m3, scales: Fp8Scales::F32 };
     let master = values(&[n, k], 1);

@@ -17,7 +17,7 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 pub(crate) use codes::{CodeProduct, Form, RowScales, Scaled, pair, run_codes, run_mixed};
-pub(crate) use few::{Elements, unpack_bf16, unpack_codes};
+pub(crate) use few::{Elements, unpack_bf16, unpack_codes, unpack_pairs};
 pub(crate) use pack::Right;
 pub(crate) use transpose::transpose_panel;
 
@@ -27,8 +27,6 @@ use crate::isa::Isa;
 pub(crate) const BLOCK_K: usize = 128;
 /// Columns of B packed and multiplied together.
 pub(crate) const PANEL: usize = 32;
-/// Rows up to which a prepacked weight is decoded as it is read, once for every eight of them.
-const FEW_ROWS: usize = 16;
 /// Products below this many multiply-adds stay on the calling thread.
 const SERIAL_MADDS_MAX: usize = 1 << 19;
 
@@ -191,17 +189,17 @@ fn tile(isa: Isa, p: &Checked<'_>, rows: Range<usize>, cols: Range<usize>) {
         return;
     }
     let few = |elements: &Elements<'_>| {
-        rows.len() <= FEW_ROWS && p.a.col_stride == 1 && few::has_kernel(isa, *elements, p.form == Form::Pairs)
+        p.a.col_stride == 1 && rows.len() <= few::rows_most(isa, *elements, p.form, p.row_scales.is_some())
     };
     if let Some(elements) = p.b.prepacked().filter(few) {
-        return few_rows(p, elements, rows, cols);
+        return few_rows(isa, p, elements, rows, cols);
     }
     tile::run(isa, p, rows, cols);
 }
 
 /// [`tile`] for few rows of a prepacked weight: panel after panel, as they lie.
 #[allow(unsafe_code)]
-fn few_rows(p: &Checked<'_>, elements: Elements<'_>, rows: Range<usize>, cols: Range<usize>) {
+fn few_rows(isa: Isa, p: &Checked<'_>, elements: Elements<'_>, rows: Range<usize>, cols: Range<usize>) {
     // An odd k ends with half a word, which holds a zero, and so does the panel.
     let k = if p.form == Form::Pairs { 2 * p.k } else { p.k };
     let (scales, scale_strides) = match p.row_scales {
@@ -215,7 +213,7 @@ fn few_rows(p: &Checked<'_>, elements: Elements<'_>, rows: Range<usize>, cols: R
         unsafe {
             let c = p.c.add(rows.start * p.c_stride + col);
             let out = few::Out { c, stride: p.c_stride, cols: PANEL.min(cols.end - col), add: p.accumulate };
-            few::panel(elements, col / PANEL, k, call, out);
+            few::panel(isa, elements, p.form, col / PANEL, k, call, out);
         }
     }
 }

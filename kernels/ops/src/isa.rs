@@ -49,6 +49,7 @@ pub(crate) enum Kind {
 pub(crate) struct Isa {
     kind: Kind,
     bf16_dot: bool,
+    byte_tables: bool,
 }
 
 /// The set in use, once something asked for it.
@@ -63,7 +64,7 @@ impl Isa {
     /// Every set this machine has, widest first; the last is portable.
     pub(crate) fn all() -> Vec<Self> {
         let mut found = Vec::new();
-        let mut push = |kind, bf16_dot| found.push(Self { kind, bf16_dot });
+        let mut push = |kind, bf16_dot, byte_tables| found.push(Self { kind, bf16_dot, byte_tables });
         #[cfg(target_arch = "x86_64")]
         {
             let narrow = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
@@ -73,15 +74,15 @@ impl Isa {
                 && is_x86_feature_detected!("avx512vl");
             if narrow && wide {
                 if bf16_dot::follows_the_rule() {
-                    push(Kind::Avx512, true);
+                    push(Kind::Avx512, true, true);
                 }
-                push(Kind::Avx512, false);
+                push(Kind::Avx512, false, is_x86_feature_detected!("avx512vbmi"));
             }
             if narrow {
-                push(Kind::Avx2, false);
+                push(Kind::Avx2, false, false);
             }
         }
-        push(Kind::Portable, false);
+        push(Kind::Portable, false, false);
         found
     }
 
@@ -93,6 +94,11 @@ impl Isa {
     /// be called, and a dot product of pairs is two fused multiply-adds in the order of the file's head.
     pub(crate) fn has_bf16_dot(self) -> bool {
         self.bf16_dot
+    }
+
+    /// Whether functions compiled for `avx512vbmi`, besides the features of AVX-512 in [`simd_fn`], may be called.
+    pub(crate) fn has_byte_tables(self) -> bool {
+        self.byte_tables
     }
 
     /// Its name among [`INSTRUCTION_SETS`].

@@ -11,6 +11,8 @@ mod layout;
 mod operand;
 
 pub(crate) use codes::CodeOperand;
+#[cfg(test)]
+pub(crate) use layout::Element;
 pub(crate) use layout::panel_len;
 pub(crate) use operand::Operand;
 
@@ -220,13 +222,15 @@ impl Weight {
             DType::F32 => out.copy_from_slice(&self.elements.as_f32()[at..at + out.len()]),
             DType::Bf16 => bfloat::widen(isa, &self.elements.as_bf16()[at..at + out.len()], out),
             _ => {
-                let scale = self.scales.as_ref().map_or(1.0, |scales| {
-                    let across = self.inputs().div_ceil(TILE);
-                    let down = self.outputs().div_ceil(TILE);
-                    scales.as_f32()[(matrix * down + row / TILE) * across + col / TILE]
-                });
+                let scale = self.scale_of(matrix, row, col).unwrap_or(1.0);
                 fp8::decode_run(isa, &self.elements.as_u8()[at..at + out.len()], self.encoding(), scale, out);
             }
         }
+    }
+
+    /// Scale of the tile of element (`row`, `col`) of matrix `matrix`, if its codes have scales.
+    fn scale_of(&self, matrix: usize, row: usize, col: usize) -> Option<f32> {
+        let (down, across) = (self.outputs().div_ceil(TILE), self.inputs().div_ceil(TILE));
+        self.scales.as_ref().map(|scales| scales.as_f32()[(matrix * down + row / TILE) * across + col / TILE])
     }
 }

@@ -115,7 +115,7 @@ unsafe fn columns(isa: Isa, form: Form, call: Call, rows: usize, half: bool) {
 }
 
 /// A vector of f32.
-trait Lanes: Copy {
+pub(super) trait Lanes: Copy {
     const COUNT: usize;
     unsafe fn zero() -> Self;
     unsafe fn splat(x: f32) -> Self;
@@ -285,6 +285,9 @@ impl Lanes for Four {
 }
 
 #[cfg(target_arch = "x86_64")]
+pub(super) use x86::{Ymm, Zmm};
+
+#[cfg(target_arch = "x86_64")]
 mod x86 {
     //! Vectors of the x86 kernels. SAFETY of every method: only called from functions compiled for its features.
 
@@ -293,12 +296,12 @@ mod x86 {
     use super::Lanes;
 
     #[derive(Clone, Copy)]
-    pub(super) struct Zmm(__m512);
+    pub(in super::super) struct Zmm(pub(in super::super) __m512);
     /// BF16 pairs when multiplied, f32 otherwise.
     #[derive(Clone, Copy)]
     pub(super) struct ZmmPairs(__m512);
     #[derive(Clone, Copy)]
-    pub(super) struct Ymm(__m256);
+    pub(in super::super) struct Ymm(pub(in super::super) __m256);
 
     macro_rules! lanes {
         ($name:ident, $count:literal, $zero:ident, $splat:ident, $load:ident, $store:ident, $add:ident, $mul:ident, $fma:ident) => {

@@ -6,7 +6,7 @@ use std::ops::Range;
 
 use super::{Layout, Operand, Weight};
 use crate::fp8::{TILE, pairs_across, pairs_along};
-use crate::gemm::{Elements, Form, PANEL, Right, transpose_panel, unpack_codes};
+use crate::gemm::{Elements, Form, PANEL, Right, transpose_panel, unpack_pairs};
 use crate::isa::Isa;
 use crate::{Tensor, scratch};
 
@@ -47,7 +47,7 @@ impl<'a> CodeOperand<'a> {
                 // Index 1 of a block is the element of its first input and first output.
                 let start = self.weight.panel_index(self.matrix, cols.start, ks.start) - 1;
                 let codes = &elements[start..start + ks.len().next_multiple_of(2) * PANEL];
-                if unpack_codes(isa, codes, encoding, out) {
+                if unpack_pairs(isa, codes, encoding, out) {
                     return;
                 }
                 // Later inputs come first in memory.

@@ -17,7 +17,7 @@ use rayon::prelude::*;
 
 use super::{Layout, Weight};
 use crate::fp8::TILE;
-use crate::gemm::{Elements, PANEL, unpack_bf16};
+use crate::gemm::{Elements, PANEL, unpack_bf16, unpack_codes};
 use crate::isa::Isa;
 use crate::{DType, Tensor, scratch};
 
@@ -131,6 +131,12 @@ impl Weight {
         let at = self.panel_index(matrix, first, ks.start) - 1;
         let len = ks.len().next_multiple_of(2) * PANEL;
         if dtype == DType::Bf16 && unpack_bf16(isa, &self.elements.as_bf16()[at..at + len], out) {
+            return;
+        }
+        if dtype == DType::U8 && unpack_codes(isa, &self.elements.as_u8()[at..at + len], self.encoding(), out) {
+            if let Some(scale) = self.scale_of(matrix, first, ks.start) {
+                out.iter_mut().for_each(|x| *x *= scale);
+            }
             return;
         }
         scratch::with_f32(len, |pairs| {

@@ -1,11 +1,11 @@
 //! Every number of rows gives the bits of the written rule, on odd sizes and in every encoding.
 
-use super::super::{Mat, Product, Right, run};
+use super::super::{BLOCK_K, Mat, Product, Right, run};
 use super::*;
 use crate::fp8::TILE;
 use crate::testing::values;
-use crate::weight::Operand;
-use crate::{Fp8Format, Fp8Scales, Precision, Tensor, Weight};
+use crate::weight::{Element, Operand};
+use crate::{Fp8Format, Fp8Scales, Precision, Weight};
 
 const SIZES: [(usize, usize); 6] = [(1, 1), (32, 128), (33, 129), (70, 300), (160, 255), (31, 2)];
 
@@ -61,30 +61,74 @@ fn codes() {
         let dense: Vec<f32> = codes.as_u8().iter().map(value).collect();
         let across = k.div_ceil(TILE);
         let elements = packed.panels(0);
-        for m in 1..=9 {
+        for m in (1..=9).chain([16]) {
             let a = crate::Fp8::quantize_rows(&values(&[m, k], 2), format.forward(), Fp8Scales::F32);
             let rows: Vec<f32> = a.codes.as_u8().iter().map(value).collect();
-            let words: Vec<f32> = rows.chunks(k).flat_map(pairs).collect();
-            for isa in Isa::all().into_iter().filter(|isa| has_kernel(*isa, elements, true)) {
-                let mut c = vec![7.0; m * n];
-                for (index, first) in (0..n).step_by(PANEL).enumerate() {
-                    let (a, scales) = (words.as_ptr(), a.scales.as_f32().as_ptr());
-                    let rows = Rows { a, stride: k.div_ceil(2), scales, scale_strides: (across, 1), count: m };
-                    // SAFETY: the sizes are those of the vectors above.
-                    unsafe {
-                        let out =
-                            Out { c: c.as_mut_ptr().add(first), stride: n, cols: PANEL.min(n - first), add: false };
-                        panel(elements, index, k, rows, out);
+            let mut expected = vec![0.0; m * n];
+            for (i, j) in (0..m).flat_map(|i| (0..n).map(move |j| (i, j))) {
+                let scaled = |block: usize, sum: f32| {
+                    sum * a.scales.as_f32()[i * across + block] * scales.as_f32()[j / TILE * across + block]
+                };
+                expected[i * n + j] = chain(&rows[i * k..][..k], &dense[j * k..][..k], None, scaled);
+            }
+            for isa in Isa::all() {
+                let forms = [Form::F32, Form::Pairs].into_iter().filter(|f| *f == Form::F32 || isa.has_bf16_dot());
+                for form in forms.filter(|form| m <= rows_most(isa, elements, *form, true)) {
+                    let words = if form == Form::F32 { rows.clone() } else { rows.chunks(k).flat_map(pairs).collect() };
+                    let mut c = vec![7.0; m * n];
+                    for (index, first) in (0..n).step_by(PANEL).enumerate() {
+                        let (a, scales) = (words.as_ptr(), a.scales.as_f32().as_ptr());
+                        let rows = Rows { a, stride: form.words(k), scales, scale_strides: (across, 1), count: m };
+                        // SAFETY: the sizes are those of the vectors above.
+                        unsafe {
+                            let cols = PANEL.min(n - first);
+                            let out = Out { c: c.as_mut_ptr().add(first), stride: n, cols, add: false };
+                            panel(isa, elements, form, index, k, rows, out);
+                        }
                     }
+                    assert_eq!(bits(&c), bits(&expected), "{m} x {n} x {k} {isa:?} {form:?}");
                 }
-                let row_scales: &Tensor = &a.scales;
-                for (i, j) in (0..m).flat_map(|i| (0..n).map(move |j| (i, j))) {
-                    let scaled = |block: usize, sum: f32| {
-                        sum * row_scales.as_f32()[i * across + block] * scales.as_f32()[j / TILE * across + block]
-                    };
-                    let expected = chain(&rows[i * k..][..k], &dense[j * k..][..k], None, scaled);
-                    assert_eq!(c[i * n + j].to_bits(), expected.to_bits(), "{m} x {n} x {k} at {i}, {j} {isa:?}");
-                }
+            }
+        }
+    }
+}
+
+#[test]
+fn vector_sets_have_kernels() {
+    let weight = Weight::encode(&values(&[40, 50], 1), &Precision::Bf16).prepack();
+    let fp8 = Precision::Fp8 { format: Fp8Format::E4m3, scales: Fp8Scales::F32 };
+    let codes = Weight::encode(&values(&[40, 50], 1), &fp8).prepack();
+    for isa in Isa::all() {
+        let most =
+            [rows_most(isa, weight.panels(0), Form::F32, false), rows_most(isa, codes.panels(0), Form::F32, true)];
+        let vectors = isa != *Isa::all().last().expect("the portable set");
+        assert!(most.into_iter().all(|most| (most >= ROWS_NARROW) == vectors), "{isa:?}: {most:?}");
+        assert_eq!(
+            rows_most(isa, codes.panels(0), Form::F32, false),
+            0,
+            "values of codes are rounded before the chain"
+        );
+    }
+}
+
+#[test]
+fn every_code_is_unpacked_to_its_value() {
+    // Two codes a word, of 64 in a block; the last block without its second input.
+    let codes: Vec<u8> = (0..=255).chain((0..=255).rev()).collect();
+    for (isa, encoding) in Isa::all().into_iter().flat_map(|isa| [(isa, Encoding::E4m3), (isa, Encoding::E5m2)]) {
+        let (mut words, mut values) = (vec![7.0; codes.len() / 2], vec![7.0; codes.len() - PANEL]);
+        if !unpack_pairs(isa, &codes, encoding, &mut words) {
+            assert!(!unpack_codes(isa, &codes, encoding, &mut values));
+            continue;
+        }
+        assert!(unpack_codes(isa, &codes, encoding, &mut values));
+        for (p, j) in (0..codes.len() / PANEL).flat_map(|p| (0..PANEL).map(move |j| (p, j))) {
+            let want = encoding.decode(codes[p / 2 * 2 * PANEL + <u8 as Element>::place(p % 2, j)]).to_bits();
+            let word = words[p / 2 * PANEL + j].to_bits();
+            let half = if p % 2 == 0 { word & 0xffff_0000 } else { word << 16 };
+            assert_eq!(half, want, "{isa:?} {encoding:?} {p} {j}");
+            if let Some(value) = values.get(p * PANEL + j) {
+                assert_eq!(value.to_bits(), want, "{isa:?} {encoding:?} {p} {j}");
             }
         }
     }
