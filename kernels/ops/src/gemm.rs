@@ -30,6 +30,14 @@ pub(crate) const PANEL: usize = 32;
 /// Products below this many multiply-adds stay on the calling thread.
 const SERIAL_MADDS_MAX: usize = 1 << 19;
 
+/// And those that besides read no more than this of a prepacked weight where it lies: what waits for memory is shared
+/// sooner.
+const SERIAL_BYTES_MAX: usize = 1 << 16;
+/// Most that a part reads of it, so that no thread waits long for the last part.
+const PART_BYTES_MAX: usize = 1 << 17;
+/// Least, since what is fetched ahead past its end is lost.
+const PART_BYTES_MIN: usize = 1 << 15;
+
 /// Outputs of at most this many elements are cut into one part a thread.
 const SMALL_OUTPUT: usize = 1 << 15;
 /// And of at most this many into two.
@@ -140,20 +148,30 @@ fn run_checked(isa: Isa, products: &[Checked<'_>]) {
     let cost = |p: &Checked<'_>| p.m.max(4) * p.n * p.k;
     let total: usize = products.iter().map(cost).sum();
     let threads = rayon::current_num_threads();
-    if threads == 1 || total <= SERIAL_MADDS_MAX {
+    let few: Vec<Option<usize>> = products.iter().map(|p| few_bytes(isa, p)).collect();
+    let few_total: usize = few.iter().flatten().sum();
+    if threads == 1 || total <= SERIAL_MADDS_MAX && few_total <= SERIAL_BYTES_MAX {
         products.iter().for_each(|p| tile(isa, p, 0..p.m, 0..p.n));
         return;
     }
+    let part_bytes = (few_total / (2 * threads)).clamp(PART_BYTES_MIN, PART_BYTES_MAX);
     let mut tasks = Vec::new();
-    for p in products {
-        // Each part packs what it multiplies, so that a small output is cut into few parts.
-        let per_thread = match p.m * p.n {
-            ..=SMALL_OUTPUT if products.len() == 1 => 1,
-            ..=MEDIUM_OUTPUT if products.len() == 1 => 2,
-            _ => 4,
+    for (p, few) in products.iter().zip(few) {
+        let (rows_each, cols_each) = match few {
+            Some(bytes) => {
+                let cols_each = p.n.div_ceil(bytes.div_ceil(part_bytes).max(1));
+                (p.m.max(1), cols_each.next_multiple_of(PANEL).max(PANEL))
+            }
+            None => {
+                // Each part packs what it multiplies, so that a small output is cut into few parts.
+                let per_thread = match p.m * p.n {
+                    ..=SMALL_OUTPUT if products.len() == 1 => 1,
+                    ..=MEDIUM_OUTPUT if products.len() == 1 => 2,
+                    _ => 4,
+                };
+                part_sizes(p.m, p.n, (threads * per_thread * cost(p)).div_ceil(total).max(1))
+            }
         };
-        let wanted = (threads * per_thread * cost(p)).div_ceil(total).max(1);
-        let (rows_each, cols_each) = part_sizes(p.m, p.n, wanted);
         for row in (0..p.m).step_by(rows_each) {
             for col in (0..p.n).step_by(cols_each) {
                 tasks.push((*p, row..(row + rows_each).min(p.m), col..(col + cols_each).min(p.n)));
@@ -161,6 +179,21 @@ fn run_checked(isa: Isa, products: &[Checked<'_>]) {
         }
     }
     tasks.into_par_iter().with_max_len(1).for_each(|(product, rows, cols)| tile(isa, &product, rows, cols));
+}
+
+/// The elements of B if few rows read them where they lie (`few.rs`).
+fn few_elements<'a>(isa: Isa, p: &Checked<'a>, rows: usize) -> Option<Elements<'a>> {
+    let is_few = |elements: &Elements<'_>| rows <= few::rows_most(isa, *elements, p.form);
+    p.b.prepacked().filter(|elements| p.a.col_stride == 1 && is_few(elements))
+}
+
+/// Bytes that all rows of such a product read of B.
+fn few_bytes(isa: Isa, p: &Checked<'_>) -> Option<usize> {
+    few_elements(isa, p, p.m).map(|elements| match elements {
+        Elements::F32(data) => size_of_val(data),
+        Elements::Bf16(data) => size_of_val(data),
+        Elements::Codes(data, ..) => size_of_val(data),
+    })
 }
 
 /// Rows and columns of each of about `wanted` parts of an output, cut along its longer side first.
@@ -188,10 +221,7 @@ fn tile(isa: Isa, p: &Checked<'_>, rows: Range<usize>, cols: Range<usize>) {
         }
         return;
     }
-    let few = |elements: &Elements<'_>| {
-        p.a.col_stride == 1 && rows.len() <= few::rows_most(isa, *elements, p.form, p.row_scales.is_some())
-    };
-    if let Some(elements) = p.b.prepacked().filter(few) {
+    if let Some(elements) = few_elements(isa, p, rows.len()) {
         return few_rows(isa, p, elements, rows, cols);
     }
     tile::run(isa, p, rows, cols);

@@ -12,7 +12,6 @@
 mod page;
 
 use std::ops::Range;
-use std::sync::Arc;
 
 use half::bf16;
 
@@ -23,8 +22,8 @@ use page::HEADS_BLOCK;
 
 use crate::bfloat::widen;
 use crate::memory::buffer;
-use crate::panels::Panels;
 use crate::vector::{collect, for_row_chunks};
+use crate::weight::Operand;
 use crate::{Tensor, Weight, scratch};
 
 /// Query rows a thread multiplies at a time.
@@ -57,35 +56,31 @@ pub struct CacheRows<'a> {
     pub len: usize,
 }
 
-/// kv_b for absorbed attention, decoded once: it is small beside what a step reads, and every step reads all of it.
+/// kv_b for absorbed attention, cut into the weights of every head once.
 #[derive(Clone, Debug)]
 pub struct Absorbed {
-    /// W_UK of all heads, `[heads · dn, rank]`.
-    keys: Tensor,
-    /// W_UVᵀ of every head, `[rank, dv]`.
-    values: Arc<[Panels]>,
+    /// W_UKᵀ of every head, `[heads, rank, dn]`.
+    keys: Weight,
+    /// W_UV of every head, `[heads, dv, rank]`.
+    values: Weight,
     heads: usize,
     dn: usize,
     dv: usize,
 }
 
 impl Absorbed {
-    /// Decodes `kv_b` `[heads · (dn + dv), rank]` to F32.
+    /// Cuts `kv_b` `[heads · (dn + dv), rank]`.
     ///
     /// # Panics
     /// When its rows are not `heads · (dn + dv)`.
     pub fn new(kv_b: &Weight, heads: usize, dn: usize, dv: usize) -> Self {
-        assert_eq!(kv_b.outputs(), heads * (dn + dv), "kv_b {:?} for {heads} heads of {dn} + {dv}", kv_b.shape());
-        let (rank, decoded) = (kv_b.inputs(), kv_b.dequantize());
-        let of_head = decoded.as_f32().chunks_exact(((dn + dv) * rank).max(1));
-        let keys = of_head.clone().flat_map(|rows| &rows[..dn * rank]).copied().collect();
-        let values = of_head.map(|rows| Panels::new(Mat::transposed(&rows[dn * rank..], rank), rank, dv)).collect();
-        Self { keys: Tensor::f32(&[heads * dn, rank], keys), values, heads, dn, dv }
+        let [keys, values] = kv_b.absorbed(heads, dn, dv);
+        Self { keys, values, heads, dn, dv }
     }
 
     /// Width of a latent.
     pub fn rank(&self) -> usize {
-        self.keys.cols()
+        self.values.inputs()
     }
 
     /// Absorbs W_UK into queries: `[rows, heads, dn + dr]` to `[rows, heads, rank + dr]`; the rotary part is copied.
@@ -112,7 +107,7 @@ impl Absorbed {
         let m = out.len() / (count * out_width);
         for (i, head) in run.clone().enumerate() {
             let a = Mat::rows(&q[head * width..], heads * width);
-            let b = &Mat::rows(&self.keys.as_f32()[head * dn * rank..][..dn * rank], rank);
+            let b = &Operand::forward(&self.keys, head);
             let (c, c_stride) = (&mut out[i * out_width..], count * out_width);
             run_serial(Product { m, n: rank, k: dn, a, b, c, c_stride, accumulate: false });
         }
@@ -144,7 +139,7 @@ impl Absorbed {
         let m = out.len() / (count * dv);
         for (i, head) in run.enumerate() {
             let a = Mat::rows(&o[i * rank..], count * rank);
-            let b = &self.values[head];
+            let b = &Operand::forward(&self.values, head);
             let (c, c_stride) = (&mut out[i * dv..], count * dv);
             run_serial(Product { m, n: dv, k: rank, a, b, c, c_stride, accumulate: false });
         }

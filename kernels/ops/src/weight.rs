@@ -7,6 +7,7 @@
 //! Invariant: products, [`Weight::dequantize`] and [`Weight::fp8_parts`] give the same bits in either layout.
 
 mod codes;
+mod heads;
 mod layout;
 mod operand;
 
@@ -58,7 +59,7 @@ pub struct Weight {
     layout: Layout,
     /// F32, Bf16, or U8 codes, by precision; flat in the panel layout.
     elements: Tensor,
-    /// F32 scales of FP8 codes, `[.., ⌈out/128⌉, ⌈in/128⌉]`; without them codes decode at scale 1 (`codes.rs`).
+    /// F32 scales of FP8 codes, `[.., ⌈out/128⌉, ⌈in/128⌉]`.
     scales: Option<Tensor>,
 }
 
@@ -210,27 +211,27 @@ impl Weight {
             assert!(row < self.shape[0], "row {row} of a weight of shape {:?}", self.shape);
             for col in (0..cols).step_by(TILE) {
                 let end = (col + TILE).min(cols);
-                self.decode(Isa::best(), 0, row, col, row * cols + col, &mut out[col..end]);
+                self.decode(Isa::best(), row * cols + col, self.scale_of(0, row, col), &mut out[col..end]);
             }
         }
         Tensor::f32(&[indices.len(), cols], out)
     }
 
-    /// Decodes `out.len()` elements from flat index `at`, all under the scale of element (`row`, `col`) of matrix `matrix`.
-    fn decode(&self, isa: Isa, matrix: usize, row: usize, col: usize, at: usize, out: &mut [f32]) {
+    /// Decodes `out.len()` elements from flat index `at`; codes are multiplied by `scale`.
+    fn decode(&self, isa: Isa, at: usize, scale: f32, out: &mut [f32]) {
         match self.elements.dtype() {
             DType::F32 => out.copy_from_slice(&self.elements.as_f32()[at..at + out.len()]),
             DType::Bf16 => bfloat::widen(isa, &self.elements.as_bf16()[at..at + out.len()], out),
             _ => {
-                let scale = self.scale_of(matrix, row, col).unwrap_or(1.0);
-                fp8::decode_run(isa, &self.elements.as_u8()[at..at + out.len()], self.encoding(), scale, out);
+                let codes = &self.elements.as_u8()[at..at + out.len()];
+                fp8::decode_run(isa, codes, self.encoding(), scale, out);
             }
         }
     }
 
-    /// Scale of the tile of element (`row`, `col`) of matrix `matrix`, if its codes have scales.
-    fn scale_of(&self, matrix: usize, row: usize, col: usize) -> Option<f32> {
+    /// Scale of the tile of element (`row`, `col`) of matrix `matrix`; 1 where there are no codes.
+    fn scale_of(&self, matrix: usize, row: usize, col: usize) -> f32 {
         let (down, across) = (self.outputs().div_ceil(TILE), self.inputs().div_ceil(TILE));
-        self.scales.as_ref().map(|scales| scales.as_f32()[(matrix * down + row / TILE) * across + col / TILE])
+        self.scales.as_ref().map_or(1.0, |scales| scales.as_f32()[(matrix * down + row / TILE) * across + col / TILE])
     }
 }

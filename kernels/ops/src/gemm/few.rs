@@ -2,8 +2,8 @@
 //!
 //! A panel's layout is that of `weight/layout.rs`. A block of two inputs becomes vectors of pairs (`few/words.rs`), which are
 //! multiplied as they are (FP8 codes, by the dot product of BF16 pairs) or widened to the f32 of k and of k + 1. An output
-//! is the chain of `gemm.rs`, block by block, with the scales of `gemm/codes.rs` where there are codes; so the bits are
-//! those of the kernels that pack. Where there is no kernel (portable; AVX2 for more than [`ROWS_NARROW`] rows) the panel
+//! is the chain of `gemm.rs`, block by block, with the scales of `gemm/codes.rs` where A has codes too; where it has not,
+//! codes are multiplied by their scale first. So the bits are those of the kernels that pack. Where there is no kernel (portable; AVX2 for more than [`ROWS_NARROW`] rows) the panel
 //! is packed for the usual ones, to the same result.
 
 #![allow(unsafe_code)]
@@ -44,7 +44,7 @@ pub(super) struct Rows {
     /// Row i starts at `a[i * stride]`.
     pub(super) a: *const f32,
     pub(super) stride: usize,
-    /// Scale of row i in block b: `scales[i * scale_strides.0 + b * scale_strides.1]`; unused without codes.
+    /// Scale of row i in block b: `scales[i * scale_strides.0 + b * scale_strides.1]`; null where A holds no codes.
     pub(super) scales: *const f32,
     pub(super) scale_strides: (usize, usize),
     pub(super) count: usize,
@@ -60,22 +60,17 @@ pub(super) struct Out {
     pub(super) add: bool,
 }
 
-/// How many rows [`panel`] takes of such elements; `form` and `scaled` say what A holds and whether it has scales, as
-/// codes do.
-pub(super) fn rows_most(isa: Isa, elements: Elements<'_>, form: Form, scaled: bool) -> usize {
-    // A weight of codes without scales in A is multiplied as values, which are rounded when they are decoded.
-    let known = scaled == matches!(elements, Elements::Codes(..));
+/// How many rows [`panel`] takes of such elements; `form` says what A holds.
+pub(super) fn rows_most(isa: Isa, elements: Elements<'_>, form: Form) -> usize {
     match isa.kind() {
-        #[cfg(target_arch = "x86_64")]
-        _ if !known => 0,
         #[cfg(target_arch = "x86_64")]
         crate::isa::Kind::Avx512 => match (elements, form) {
             (Elements::Codes(..), Form::F32) if !isa.has_byte_tables() => ROWS_NARROW,
             _ => ROWS_WIDE,
         },
         #[cfg(target_arch = "x86_64")]
-        crate::isa::Kind::Avx2 if !matches!(elements, Elements::F32(_)) => ROWS_NARROW,
-        _ => 0,
+        crate::isa::Kind::Avx2 => ROWS_NARROW,
+        crate::isa::Kind::Portable => 0,
     }
 }
 
@@ -83,7 +78,7 @@ pub(super) fn rows_most(isa: Isa, elements: Elements<'_>, form: Form, scaled: bo
 ///
 /// # Safety
 /// [`rows_most`] must allow the rows. They must be valid for `k` elements of A (in f32; words of pairs: ⌈k/2⌉), their
-/// scales for ⌈k/128⌉ blocks, and the outputs for as many rows of `out.cols` columns, which nobody else touches.
+/// scales, or null with strides of 0, for ⌈k/128⌉ blocks, and the outputs for as many rows of `out.cols` columns, which nobody else touches.
 ///
 /// # Panics
 /// When the matrix has no such panel.

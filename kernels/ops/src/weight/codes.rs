@@ -11,11 +11,9 @@ use crate::isa::Isa;
 use crate::{Tensor, scratch};
 
 /// One matrix of an FP8 weight in words of `form`.
-#[derive(Clone, Debug)]
+#[derive(Clone, Copy, Debug)]
 pub(crate) struct CodeOperand<'a> {
     weight: &'a Weight,
-    /// The same codes at scale 1.
-    codes: Weight,
     matrix: usize,
     form: Form,
     /// k runs over inputs (y = x·wᵀ) or, in the input gradient, over outputs (dx = dy·w).
@@ -29,13 +27,12 @@ impl<'a> CodeOperand<'a> {
     /// When the weight has no codes.
     pub(crate) fn new(weight: &'a Weight, matrix: usize, transposed: bool, form: Form) -> Self {
         assert!(weight.scales.is_some(), "a product of codes with a weight in {:?}", weight.precision);
-        let codes = Weight { scales: None, ..weight.clone() };
-        Self { weight, codes, matrix, form, transposed }
+        Self { weight, matrix, form, transposed }
     }
 
     fn plain(&self) -> Operand<'_> {
         let of = if self.transposed { Operand::forward } else { Operand::backward };
-        of(&self.codes, self.matrix)
+        of(self.weight, self.matrix).unscaled()
     }
 
     /// Pairs of K, first element `ks.start` (even), of columns `cols`, to `[⌈ks / 2⌉][32]`.
@@ -62,8 +59,7 @@ impl<'a> CodeOperand<'a> {
                 }
             }
             (Layout::Panels, false) => {
-                let whole = self.codes.in_rows();
-                CodeOperand { weight: &whole, codes: whole.clone(), ..*self }.pack_pairs(isa, ks, cols, out);
+                CodeOperand { weight: &self.weight.in_rows(), ..*self }.pack_pairs(isa, ks, cols, out);
             }
             (Layout::Rows, true) => {
                 let words = ks.len().div_ceil(2);

@@ -120,8 +120,17 @@ impl Weight {
         }
     }
 
-    /// Decodes inputs `ks` (`ks.start` even) of the panel that starts at output `first`, to `[ks][32]`.
-    pub(super) fn decode_panel(&self, isa: Isa, matrix: usize, first: usize, ks: Range<usize>, out: &mut [f32]) {
+    /// Decodes inputs `ks` (`ks.start` even, within one tile) of the panel that starts at output `first`, to `[ks][32]`;
+    /// codes are multiplied by `scale`.
+    pub(super) fn decode_panel(
+        &self,
+        isa: Isa,
+        matrix: usize,
+        first: usize,
+        ks: Range<usize>,
+        scale: f32,
+        out: &mut [f32],
+    ) {
         let dtype = self.elements.dtype();
         if dtype == DType::F32 {
             let at = self.panel_index(matrix, first, ks.start);
@@ -130,17 +139,18 @@ impl Weight {
         // Index 1 of a block is the element of its first input and first output.
         let at = self.panel_index(matrix, first, ks.start) - 1;
         let len = ks.len().next_multiple_of(2) * PANEL;
-        if dtype == DType::Bf16 && unpack_bf16(isa, &self.elements.as_bf16()[at..at + len], out) {
-            return;
-        }
-        if dtype == DType::U8 && unpack_codes(isa, &self.elements.as_u8()[at..at + len], self.encoding(), out) {
-            if let Some(scale) = self.scale_of(matrix, first, ks.start) {
+        if dtype == DType::Bf16 {
+            if unpack_bf16(isa, &self.elements.as_bf16()[at..at + len], out) {
+                return;
+            }
+        } else if unpack_codes(isa, &self.elements.as_u8()[at..at + len], self.encoding(), out) {
+            if scale.to_bits() != 1.0_f32.to_bits() {
                 out.iter_mut().for_each(|x| *x *= scale);
             }
             return;
         }
         scratch::with_f32(len, |pairs| {
-            self.decode(isa, matrix, first, ks.start, at, pairs);
+            self.decode(isa, at, scale, pairs);
             if dtype == DType::Bf16 { in_order::<bf16>(pairs, out) } else { in_order::<u8>(pairs, out) }
         });
     }
@@ -310,7 +320,8 @@ mod tests {
                     for start in (0..k).step_by(128) {
                         let ks = start..(start + 128).min(k);
                         let out = &mut out[..ks.len() * PANEL];
-                        panels.decode_panel(Isa::best(), panels.count() - 1, first, ks.clone(), out);
+                        let scale = panels.scale_of(panels.count() - 1, first, start);
+                        panels.decode_panel(Isa::best(), panels.count() - 1, first, ks.clone(), scale, out);
                         for (p, out) in ks.zip(out.chunks(PANEL)) {
                             for (j, x) in out.iter().enumerate() {
                                 let row = (panels.count() - 1) * n + first + j;

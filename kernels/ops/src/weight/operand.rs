@@ -16,17 +16,29 @@ pub(crate) struct Operand<'a> {
     matrix: usize,
     /// k runs over inputs (y = x·wᵀ) or, in the input gradient, over outputs (dx = dy·w).
     transposed: bool,
+    /// Whether codes are multiplied by their scales.
+    scaled: bool,
 }
 
 impl<'a> Operand<'a> {
     /// Matrix `matrix` transposed: k runs over its inputs.
     pub(crate) fn forward(weight: &'a Weight, matrix: usize) -> Self {
-        Self { weight, matrix, transposed: true }
+        Self { weight, matrix, transposed: true, scaled: true }
     }
 
     /// Matrix `matrix` as it is: k runs over its outputs.
     pub(crate) fn backward(weight: &'a Weight, matrix: usize) -> Self {
-        Self { weight, matrix, transposed: false }
+        Self { transposed: false, ..Self::forward(weight, matrix) }
+    }
+
+    /// The same codes at scale 1.
+    pub(super) fn unscaled(self) -> Self {
+        Self { scaled: false, ..self }
+    }
+
+    /// Scale of an element.
+    fn scale(&self, row: usize, col: usize) -> f32 {
+        if self.scaled { self.weight.scale_of(self.matrix, row, col) } else { 1.0 }
     }
 
     /// Panel layout against its grain: k over outputs.
@@ -35,7 +47,7 @@ impl<'a> Operand<'a> {
             out.fill(0.0);
             for (col, out) in cols.clone().zip(out) {
                 let at = self.weight.panel_index(self.matrix, row, col);
-                self.weight.decode(isa, self.matrix, row, col, at, std::slice::from_mut(out));
+                self.weight.decode(isa, at, self.scale(row, col), std::slice::from_mut(out));
             }
         }
     }
@@ -76,7 +88,10 @@ impl Right for Operand<'_> {
         let (weight, matrix) = (self.weight, self.matrix);
         let (n, k) = (weight.outputs(), weight.inputs());
         match (weight.layout, self.transposed) {
-            (Layout::Panels, true) => weight.decode_panel(isa, matrix, cols.start, ks, out),
+            (Layout::Panels, true) => {
+                let scale = self.scale(cols.start, ks.start);
+                weight.decode_panel(isa, matrix, cols.start, ks, scale, out);
+            }
             (Layout::Panels, false) => self.pack_across(isa, ks, cols, out),
             (Layout::Rows, true) => {
                 let (first, len) = (cols.start, ks.len());
@@ -87,7 +102,7 @@ impl Right for Operand<'_> {
                 }
                 scratch::with_f32(cols.len() * len, |rows| {
                     for (j, row) in rows.chunks_exact_mut(len).enumerate() {
-                        weight.decode(isa, matrix, first + j, ks.start, start + j * k, row);
+                        weight.decode(isa, start + j * k, self.scale(first + j, ks.start), row);
                     }
                     transpose_panel(isa, rows, len, cols.len(), len, out);
                 });
@@ -99,7 +114,7 @@ impl Right for Operand<'_> {
                 for (row, out) in ks.zip(out.chunks_exact_mut(PANEL)) {
                     let at = (matrix * n + row) * k + cols.start;
                     let (here, rest) = out.split_at_mut(cols.len());
-                    weight.decode(isa, matrix, row, cols.start, at, here);
+                    weight.decode(isa, at, self.scale(row, cols.start), here);
                     rest.fill(0.0);
                 }
             }

@@ -70,14 +70,15 @@ impl Kernel {
                 (_, Elements::F32(panel)) => wide_plain(panel, call, count),
                 (Self::Narrow, Elements::Bf16(panel)) => narrow_stored(panel, call, count),
                 (_, Elements::Bf16(panel)) => wide_stored(panel, call, count),
-                (Self::Narrow, Elements::Codes(codes, encoding, scales)) => {
-                    narrow_codes(codes, encoding, scales, call, count);
-                }
-                (Self::Wide, Elements::Codes(codes, encoding, scales)) => {
-                    wide_codes(codes, encoding, scales, call, count);
-                }
-                (Self::Pairs, Elements::Codes(codes, encoding, scales)) => {
-                    pairs_of_codes(codes, encoding, scales, call, count);
+                (_, Elements::Codes(codes, encoding, scales)) => {
+                    let run = match (self, rows.scales.is_null()) {
+                        (Self::Narrow, true) => narrow_values,
+                        (Self::Narrow, false) => narrow_codes,
+                        (Self::Wide, true) => wide_values,
+                        (Self::Wide, false) => wide_codes,
+                        (Self::Pairs, _) => pairs_of_codes,
+                    };
+                    run(codes, encoding, scales, call, count);
                 }
             }
             finish(rows, out, &sums);
@@ -200,17 +201,32 @@ unsafe fn multiply<L: Lanes, const N: usize, const R: usize>(acc: &mut [[L; N]; 
     }
 }
 
+/// What scales multiply, one for each K block of a panel.
+#[derive(Clone, Copy)]
+enum Scales<'a> {
+    Nothing,
+    /// Every element, before it is multiplied: values of codes.
+    Elements(&'a [f32]),
+    /// The block's sum, after the scale of its row: products of codes.
+    Sums(&'a [f32]),
+}
+
 /// Elements of 8 or 16 bits, widened to f32.
 #[inline(always)]
 unsafe fn widened<L: Wide, W: Words<L, N>, const N: usize, const R: usize>(
     words: W,
-    scales: Option<&[f32]>,
+    scales: Scales<'_>,
     call: Call<'_>,
 ) {
     let Call { k, rows, fresh, sums } = call;
     for (block, start) in (0..k).step_by(BLOCK_K).enumerate() {
         // SAFETY: see the file; the second input of the last pair of an odd k is not multiplied.
         unsafe {
+            let factor = match scales {
+                Scales::Elements(scales) => Some(L::splat(scales[block])),
+                _ => None,
+            };
+            let value = |x: L| factor.map_or(x, |factor| x.mul(factor));
             let mut acc = [[L::zero(); N]; R];
             let end = k.min(start + BLOCK_K);
             let mut at = words.start().add(start / 2 * W::BYTES);
@@ -220,19 +236,23 @@ unsafe fn widened<L: Wide, W: Words<L, N>, const N: usize, const R: usize>(
                 at = at.add(W::BYTES);
                 let mut b = pairs;
                 for v in 0..N {
-                    b[v] = pairs[v].upper();
+                    b[v] = value(pairs[v].upper());
                 }
                 multiply(&mut acc, rows, p, &b);
                 if p + 1 == end {
                     break;
                 }
                 for v in 0..N {
-                    b[v] = pairs[v].lower();
+                    b[v] = value(pairs[v].lower());
                 }
                 multiply(&mut acc, rows, p + 1, &b);
             }
-            let of_rows = scales.map(|scales| (row_scales::<R>(rows, block), scales[block]));
-            add_block(sums, &acc, fresh && start == 0, of_rows.as_ref().map(|(rows, column)| (rows, *column)));
+            match scales {
+                Scales::Sums(scales) => {
+                    add_block(sums, &acc, fresh && start == 0, Some((&row_scales(rows, block), scales[block])));
+                }
+                _ => add_block(sums, &acc, fresh && start == 0, None),
+            }
         }
     }
 }
@@ -292,25 +312,37 @@ kernel!(
     "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma",
     wide_stored(panel: &[bf16], call: Call<'_>),
     [1, 2, 3, 4, 5, 6, 7, 8],
-    widened::<Zmm, _, 2, R>(Stored(panel.as_ptr().cast()), None, call)
+    widened::<Zmm, _, 2, R>(Stored(panel.as_ptr().cast()), Scales::Nothing, call)
 );
 kernel!(
     "avx2,fma",
     narrow_stored(panel: &[bf16], call: Call<'_>),
     [1, 2],
-    widened::<Ymm, _, 4, R>(Stored(panel.as_ptr().cast()), None, call)
+    widened::<Ymm, _, 4, R>(Stored(panel.as_ptr().cast()), Scales::Nothing, call)
 );
 kernel!(
     "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx2,fma",
     wide_codes(codes: &[u8], encoding: Encoding, scales: &[f32], call: Call<'_>),
     [1, 2, 3, 4, 5, 6, 7, 8],
-    widened::<Zmm, _, 2, R>(WideCodes::new(codes.as_ptr(), encoding), Some(scales), call)
+    widened::<Zmm, _, 2, R>(WideCodes::new(codes.as_ptr(), encoding), Scales::Sums(scales), call)
 );
 kernel!(
     "avx2,fma",
     narrow_codes(codes: &[u8], encoding: Encoding, scales: &[f32], call: Call<'_>),
     [1, 2],
-    widened::<Ymm, _, 4, R>(NarrowCodes::new(codes.as_ptr(), encoding), Some(scales), call)
+    widened::<Ymm, _, 4, R>(NarrowCodes::new(codes.as_ptr(), encoding), Scales::Sums(scales), call)
+);
+kernel!(
+    "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx2,fma",
+    wide_values(codes: &[u8], encoding: Encoding, scales: &[f32], call: Call<'_>),
+    [1, 2, 3, 4, 5, 6, 7, 8],
+    widened::<Zmm, _, 2, R>(WideCodes::new(codes.as_ptr(), encoding), Scales::Elements(scales), call)
+);
+kernel!(
+    "avx2,fma",
+    narrow_values(codes: &[u8], encoding: Encoding, scales: &[f32], call: Call<'_>),
+    [1, 2],
+    widened::<Ymm, _, 4, R>(NarrowCodes::new(codes.as_ptr(), encoding), Scales::Elements(scales), call)
 );
 kernel!(
     "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512bf16,avx2,fma",
