@@ -150,9 +150,7 @@ impl Store {
         let (bytes, found) = match self.local_blob(digest).filter(|_| self.reads_directly()) {
             Some(file) => {
                 let error = StoreError::io("read", file.clone());
-                let (bytes, found) =
-                    tokio::task::spawn_blocking(move || hashing::read_hashed(&file)).await?.map_err(error)?;
-                (Bytes::from(bytes), found)
+                tokio::task::spawn_blocking(move || hashing::read_hashed(&file)).await?.map_err(error)?
             }
             None => {
                 let length = self.length_to_read(&path).await?;

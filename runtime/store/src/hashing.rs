@@ -4,18 +4,24 @@
 use std::{
     fs::File,
     io::{self, Read, Write},
+    os::unix::fs::FileExt,
     path::Path,
-    sync::mpsc,
+    sync::{Mutex, PoisonError, mpsc},
     thread,
 };
 
+use blake3::hazmat::{self, ChainingValue, HasherExt, Mode};
 use bytes::Bytes;
 use dsv3_core::Digest;
+
+use crate::buffers::Buffer;
 
 /// Bytes moved at a time.
 const CHUNK_BYTES: usize = 1 << 20;
 /// Chunks that wait for the hasher.
 const CHUNKS_WAITING: usize = 4;
+/// Threads that read one file.
+const READERS_MAX: usize = 4;
 /// What is shorter is hashed by the thread that moves it.
 pub(crate) const THREAD_BYTES: usize = 4 << 20;
 
@@ -81,34 +87,55 @@ pub(crate) fn copy_hashed(from: &mut impl Read, to: &mut impl Write) -> io::Resu
     })
 }
 
-/// The bytes of a file and their digest.
-pub(crate) fn read_hashed(path: &Path) -> io::Result<(Vec<u8>, Digest)> {
+/// The bytes of a file and their digest. A large one is read in pieces by several threads, each of which hashes what it has
+/// just read while that is still in its cache.
+pub(crate) fn read_hashed(path: &Path) -> io::Result<(Bytes, Digest)> {
     let mut file = File::open(path)?;
     let length = usize::try_from(file.metadata()?.len()).map_err(io::Error::other)?;
-    let mut bytes = vec![0; length];
     if length < THREAD_BYTES {
+        let mut bytes = vec![0; length];
         file.read_exact(&mut bytes)?;
         let digest = Digest::of(&bytes);
-        return Ok((bytes, digest));
+        return Ok((bytes.into(), digest));
     }
-    let digest = thread::scope(|scope| {
-        let (sender, receiver) = mpsc::sync_channel::<&[u8]>(CHUNKS_WAITING);
-        let hashing = scope.spawn(move || {
-            let mut hasher = blake3::Hasher::new();
-            for chunk in receiver {
-                hasher.update(chunk);
-            }
-            digest_of(&hasher)
-        });
-        for chunk in bytes.chunks_mut(CHUNK_BYTES) {
-            file.read_exact(chunk)?;
-            // As above.
-            let _ = sender.send(chunk);
+    let mut bytes = Buffer::alone(length)?;
+    let mut values = vec![[0; 32]; length.div_ceil(CHUNK_BYTES)];
+    let pieces = Mutex::new(bytes.chunks_mut(CHUNK_BYTES).zip(&mut values).enumerate());
+    let next = || pieces.lock().unwrap_or_else(PoisonError::into_inner).next();
+    let read = || {
+        while let Some((i, (piece, value))) = next() {
+            let offset = (i * CHUNK_BYTES) as u64;
+            file.read_exact_at(piece, offset)?;
+            *value = blake3::Hasher::new().set_input_offset(offset).update(piece).finalize_non_root();
         }
-        drop(sender);
-        joined(hashing)
+        Ok(())
+    };
+    let threads = thread::available_parallelism().map_or(1, usize::from).min(READERS_MAX);
+    thread::scope(|scope| {
+        let readers: Vec<_> = (1..threads).map(|_| scope.spawn(read)).collect();
+        let done: io::Result<()> = read();
+        readers.into_iter().try_fold((), |(), reader| joined(reader)?).and(done)
     })?;
-    Ok((bytes, digest))
+    let (left, right) = values.split_at(left_pieces(values.len()));
+    let root = hazmat::merge_subtrees_root(&subtree(left), &subtree(right), Mode::Hash);
+    Ok((bytes.into(), Digest::from_bytes(*root.as_bytes())))
+}
+
+/// Of `pieces` pieces, at least two, those under the left child: BLAKE3 puts the largest power of two there that leaves
+/// something to the right. A piece being a power of two of its chunks itself, no node divides one.
+fn left_pieces(pieces: usize) -> usize {
+    pieces.next_power_of_two() / 2
+}
+
+/// Chaining value over those of some pieces in order.
+fn subtree(values: &[ChainingValue]) -> ChainingValue {
+    match values {
+        [value] => *value,
+        _ => {
+            let (left, right) = values.split_at(left_pieces(values.len()));
+            hazmat::merge_subtrees_non_root(&subtree(left), &subtree(right), Mode::Hash)
+        }
+    }
 }
 
 /// Hashes `bytes` while `work` goes on.
@@ -127,10 +154,27 @@ pub(crate) fn hash_beside<T>(bytes: &[u8], work: impl FnOnce() -> io::Result<T>)
 mod tests {
     use super::*;
 
+    /// Around every bound of the code, and trees of 4 to 9 pieces, the last one whole or not.
+    const LENGTHS: [usize; 13] = [
+        0,
+        1,
+        CHUNK_BYTES - 1,
+        CHUNK_BYTES,
+        CHUNK_BYTES + 1,
+        THREAD_BYTES - 1,
+        THREAD_BYTES,
+        THREAD_BYTES + 1,
+        THREAD_BYTES + 12345,
+        6 * CHUNK_BYTES,
+        7 * CHUNK_BYTES + 1024,
+        8 * CHUNK_BYTES,
+        8 * CHUNK_BYTES + 1025,
+    ];
+
     #[test]
     fn whatever_the_length_the_digest_is_that_of_the_bytes() {
         let folder = tempfile::tempdir().unwrap();
-        for length in [0, 1, CHUNK_BYTES - 1, CHUNK_BYTES, CHUNK_BYTES + 1, THREAD_BYTES, THREAD_BYTES + 12345] {
+        for length in LENGTHS {
             let bytes: Vec<u8> = (0..length).map(|i| (i * 31 + i / 251) as u8).collect();
             let (path, digest) = (folder.path().join("f"), Digest::of(&bytes));
             std::fs::write(&path, &bytes).unwrap();
@@ -138,7 +182,7 @@ mod tests {
             assert_eq!(copy_hashed(&mut bytes.as_slice(), &mut copy).unwrap(), (digest, length as u64));
             assert!(copy == bytes);
             assert_eq!(hash_file(&path).unwrap(), (digest, length as u64));
-            assert!(read_hashed(&path).unwrap() == (bytes.clone(), digest));
+            assert!(read_hashed(&path).unwrap() == (bytes.clone().into(), digest));
             assert_eq!(hash_beside(&bytes, || Ok(1)).unwrap(), (digest, 1));
         }
     }

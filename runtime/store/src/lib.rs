@@ -18,6 +18,7 @@ pub mod blocking;
 pub mod faults;
 
 mod blobs;
+mod buffers;
 mod checkpoints;
 mod connect;
 mod error;
@@ -42,6 +43,7 @@ mod tests;
 mod transfer;
 
 pub use blobs::Sources;
+pub use buffers::{Buffer, Buffers};
 pub use checkpoints::{Checkpoint, CheckpointRecord, FoundCheckpoint};
 pub use connect::check_options;
 pub use error::{Result, StoreError};

@@ -5,14 +5,15 @@
 //! (`shards.rs`). State JSON: `{format, updates, state: TrainerState}`, with the loader's cursor in it; floats are written
 //! so that they read back to the same bits. No clock, no rate, no host: equal runs write equal bytes.
 
+use bytes::Bytes;
 use dsv3_model::Model;
 use dsv3_ops::DType;
-use dsv3_store::{TensorEntry, TensorRole};
+use dsv3_store::{Buffers, TensorEntry, TensorRole};
 use serde::{Deserialize, Serialize};
 
 use crate::{
     error::{Error, Result},
-    shards::{self, Elements, Live, StoredTensors},
+    shards::{Elements, Files, Live, StoredTensors},
     trainer::{Trainer, TrainerState},
 };
 
@@ -31,7 +32,7 @@ pub struct Snapshot {
     /// Steps done.
     pub step: u64,
     /// Name and content of each file.
-    pub files: Vec<(String, Vec<u8>)>,
+    pub files: Vec<(String, Bytes)>,
     /// What slices of which tensors the files hold.
     pub tensors: Vec<TensorEntry>,
     /// Everything else.
@@ -43,7 +44,7 @@ impl Snapshot {
     ///
     /// # Errors
     /// When there is none of that name.
-    pub fn read(&self, name: &str) -> Result<Vec<u8>, dsv3_core::Error> {
+    pub fn read(&self, name: &str) -> Result<Bytes, dsv3_core::Error> {
         let file = self.files.iter().find(|(file, _)| file == name);
         file.map(|(_, bytes)| bytes.clone()).ok_or_else(|| dsv3_core::Error::data(format!("no file {name}")))
     }
@@ -70,13 +71,31 @@ impl Trainer {
     /// # Errors
     /// As [`Self::snapshot`].
     pub fn snapshot_for(&self, ranks: usize) -> Result<Snapshot> {
-        let (mut files, mut tensors) = shards::write(MASTERS_GROUP, self.masters()?, ranks)?;
-        let (more_files, more_tensors) = shards::write(MOMENTS_GROUP, self.moments(), ranks)?;
-        files.extend(more_files);
-        tensors.extend(more_tensors);
+        self.snapshot_into(&Buffers::new(Vec::new()), ranks)
+    }
+
+    /// [`Self::snapshot_for`] into memory of `buffers`, which goes back there when the snapshot's files are dropped.
+    ///
+    /// # Errors
+    /// As [`Self::snapshot`].
+    pub fn snapshot_into(&self, buffers: &Buffers, ranks: usize) -> Result<Snapshot> {
+        let files = self.files(ranks)?;
         let state = StateFile { format: FORMAT, updates: self.optimizer.updates(), state: self.state.clone() };
         let state = serde_json::to_value(state).map_err(|source| Error::State { source })?;
-        Ok(Snapshot { step: self.state.earlier_steps + self.state.step, files, tensors, state })
+        let step = self.state.earlier_steps + self.state.step;
+        Ok(Snapshot { step, files: files.write(buffers)?, tensors: files.table, state })
+    }
+
+    /// Memory for the snapshots of `ranks` ranks, one at a time; none is taken yet.
+    ///
+    /// # Errors
+    /// As [`Self::snapshot`].
+    pub fn snapshot_buffers(&self, ranks: usize) -> Result<Buffers> {
+        Ok(Buffers::new(self.files(ranks)?.lengths()))
+    }
+
+    fn files(&self, ranks: usize) -> Result<Files<'_>> {
+        Files::of(vec![(MASTERS_GROUP, self.masters()?), (MOMENTS_GROUP, self.moments())], ranks)
     }
 
     fn masters(&self) -> Result<Vec<Live<'_>>> {
@@ -115,7 +134,7 @@ impl Trainer {
         &mut self,
         state: &serde_json::Value,
         tensors: &[TensorEntry],
-        read: impl FnMut(&str) -> Result<Vec<u8>, dsv3_core::Error>,
+        read: impl FnMut(&str) -> Result<Bytes, dsv3_core::Error>,
     ) -> Result<()> {
         let state = StateFile::deserialize(state).map_err(|source| Error::State { source })?;
         if state.format != FORMAT {

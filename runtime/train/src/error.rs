@@ -56,6 +56,12 @@ pub enum Error {
         /// Where and why.
         source: serde_json::Error,
     },
+    /// There is no memory for the copy that a checkpoint is written from.
+    #[error("no memory for a checkpoint")]
+    Memory {
+        /// The system's words.
+        source: std::io::Error,
+    },
     /// The checkpoint store refused.
     #[error("checkpoints")]
     Store {

@@ -1,7 +1,8 @@
 //! What a run is handed by its stage: events, a clock, a way to be stopped, and a place for checkpoints.
 
+use bytes::Bytes;
 use dsv3_core::{Cancel, Clock, Event, Events, Level};
-use dsv3_store::{Checkpoint, blocking::Save};
+use dsv3_store::{Buffers, Checkpoint, blocking::Save};
 
 use crate::{
     checkpoint::Snapshot,
@@ -21,7 +22,7 @@ pub trait CheckpointStore {
     ///
     /// # Errors
     /// When the file is missing or damaged.
-    fn read(&self, checkpoint: &Checkpoint, name: &str) -> Result<Vec<u8>, dsv3_core::Error>;
+    fn read(&self, checkpoint: &Checkpoint, name: &str) -> Result<Bytes, dsv3_core::Error>;
 
     /// Commits a checkpoint; durable when this returns.
     ///
@@ -59,11 +60,11 @@ impl CheckpointStore for dsv3_store::blocking::Checkpoints {
         Ok(Self::latest(self)?)
     }
 
-    fn read(&self, checkpoint: &Checkpoint, name: &str) -> Result<Vec<u8>, dsv3_core::Error> {
+    fn read(&self, checkpoint: &Checkpoint, name: &str) -> Result<Bytes, dsv3_core::Error> {
         let Some(entry) = checkpoint.file(name) else {
             return Err(dsv3_core::Error::data(format!("checkpoint {} has no file {name}", checkpoint.seq)));
         };
-        Ok(Self::read(self, entry)?.to_vec())
+        Ok(Self::read(self, entry)?)
     }
 
     fn save(&self, snapshot: Snapshot) -> Result<(), dsv3_core::Error> {
@@ -73,7 +74,6 @@ impl CheckpointStore for dsv3_store::blocking::Checkpoints {
 
     fn start(&self, snapshot: Snapshot) -> Result<(), dsv3_core::Error> {
         let Snapshot { step, files, tensors, state } = snapshot;
-        let files = files.into_iter().map(|(path, bytes)| (path, bytes.into())).collect();
         Ok(Self::start(self, Save { step, files, tensors, state })?)
     }
 
@@ -130,11 +130,11 @@ impl TrainHost<'_> {
 
     /// Copies the trainer out and hands the copy over, to be committed while the run goes on. All the time this takes is
     /// time that no step is taken in.
-    pub(crate) fn save(&self, trainer: &Trainer, ranks: usize) -> Result<()> {
+    pub(crate) fn save(&self, trainer: &Trainer, buffers: &Buffers, ranks: usize) -> Result<()> {
         let started = self.clock.monotonic();
-        // The copy before is gone when this one is made: at most one is held.
+        // The copy before is gone when this one is made: at most one is held, and its memory is used again.
         self.finish()?;
-        let snapshot = trainer.snapshot_for(ranks)?;
+        let snapshot = trainer.snapshot_into(buffers, ranks)?;
         let step = snapshot.step;
         self.checkpoints.start(snapshot).map_err(|source| Error::Store { source })?;
         let stalled = self.clock.monotonic().saturating_sub(started);

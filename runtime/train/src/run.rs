@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use dsv3_core::Level;
 use dsv3_model::Model;
+use dsv3_store::Buffers;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -129,7 +130,8 @@ pub fn run_training(
 }
 
 fn train(trainer: &mut Trainer, work: &mut dyn Work, host: &TrainHost<'_>, options: &RunOptions) -> Result<()> {
-    let mut run = Run { host, options, saved_step: None, saved_at: host.clock.monotonic(), origin: None };
+    let buffers = trainer.snapshot_buffers(options.checkpoint.shards as usize)?;
+    let mut run = Run { host, options, saved_step: None, saved_at: host.clock.monotonic(), origin: None, buffers };
     run.resume(trainer)?;
     if host.as_it_is {
         return Ok(());
@@ -138,7 +140,9 @@ fn train(trainer: &mut Trainer, work: &mut dyn Work, host: &TrainHost<'_>, optio
         run.validate(trainer, work)?;
     }
     if run.saved_step.is_none() && options.guard.spike_steps > 0 {
-        run.origin = Some(trainer.snapshot()?);
+        run.origin = Some(trainer.snapshot_into(&run.buffers, options.checkpoint.shards as usize)?);
+    } else {
+        run.buffers.prepare();
     }
     loop {
         let state = &trainer.state;
@@ -192,6 +196,8 @@ struct Run<'a> {
     saved_at: Duration,
     /// The start of the run, to go back to while there is no checkpoint.
     origin: Option<Snapshot>,
+    /// Memory of one copy of the trainer: the start of the run, then each checkpoint until it is committed.
+    buffers: Buffers,
 }
 
 impl Run<'_> {
@@ -299,10 +305,11 @@ impl Run<'_> {
     }
 
     fn save(&mut self, trainer: &Trainer) -> Result<()> {
-        self.host.save(trainer, self.options.checkpoint.shards as usize)?;
+        // From here on there is a checkpoint to go back to, or the run ends; its memory is what the copy needs.
+        self.origin = None;
+        self.host.save(trainer, &self.buffers, self.options.checkpoint.shards as usize)?;
         self.saved_step = Some(trainer.state.step);
         self.saved_at = self.host.clock.monotonic();
-        self.origin = None;
         Ok(())
     }
 

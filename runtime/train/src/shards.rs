@@ -6,12 +6,14 @@
 //! ([`TensorEntry`]) goes into the checkpoint's record. `masters.safetensors` of one rank is
 //! `masters-00001-of-00004.safetensors`, .. of four.
 //!
-//! The copy out of the live buffers is all a step waits for, so it is one pass, in parallel, into the final bytes.
+//! The copy out of the live buffers is all a step waits for, so it is one pass, in parallel, into the final bytes, which
+//! lie in memory that is kept between saves ([`Buffers`]). Every byte of it is written each time.
 
 use std::{collections::BTreeMap, ops::Range};
 
+use bytes::Bytes;
 use dsv3_ops::{DType, Tensor};
-use dsv3_store::{TensorEntry, TensorRole, TensorSlice, TensorType};
+use dsv3_store::{Buffers, TensorEntry, TensorRole, TensorSlice, TensorType};
 use half::bf16;
 use rayon::prelude::*;
 use safetensors::{
@@ -47,20 +49,35 @@ impl<'a> Elements<'a> {
         }
     }
 
-    /// Writes the elements of `range` as little-endian bytes.
-    fn copy(self, range: Range<usize>, to: &mut [u8]) {
+    /// The elements of `range`, and their little-endian bytes in `to`, in parts that one task copies.
+    fn parts(self, range: Range<usize>, to: &'a mut [u8], parts: &mut Vec<Part<'a>>) {
         match self {
             Self::F32(list) => {
-                let parts = list[range].par_chunks(COPY_ELEMENTS);
-                parts.zip(to.par_chunks_mut(COPY_ELEMENTS * 4)).for_each(|(from, to)| {
-                    to.as_chunks_mut::<4>().0.iter_mut().zip(from).for_each(|(to, x)| *to = x.to_le_bytes());
-                });
+                let to = to.chunks_mut(COPY_ELEMENTS * 4);
+                parts.extend(list[range].chunks(COPY_ELEMENTS).zip(to).map(|(from, to)| Part::F32(from, to)));
             }
             Self::Bf16(list) => {
-                let parts = list[range].par_chunks(COPY_ELEMENTS);
-                parts.zip(to.par_chunks_mut(COPY_ELEMENTS * 2)).for_each(|(from, to)| {
-                    to.as_chunks_mut::<2>().0.iter_mut().zip(from).for_each(|(to, x)| *to = x.to_le_bytes());
-                });
+                let to = to.chunks_mut(COPY_ELEMENTS * 2);
+                parts.extend(list[range].chunks(COPY_ELEMENTS).zip(to).map(|(from, to)| Part::Bf16(from, to)));
+            }
+        }
+    }
+}
+
+/// Elements, and where their bytes go.
+enum Part<'a> {
+    F32(&'a [f32], &'a mut [u8]),
+    Bf16(&'a [bf16], &'a mut [u8]),
+}
+
+impl Part<'_> {
+    fn copy(self) {
+        match self {
+            Self::F32(from, to) => {
+                to.as_chunks_mut::<4>().0.iter_mut().zip(from).for_each(|(to, x)| *to = x.to_le_bytes());
+            }
+            Self::Bf16(from, to) => {
+                to.as_chunks_mut::<2>().0.iter_mut().zip(from).for_each(|(to, x)| *to = x.to_le_bytes());
             }
         }
     }
@@ -93,47 +110,83 @@ fn damaged(file: &str, problem: impl ToString) -> Error {
     Error::Checkpoint { file: file.to_owned(), problem: problem.to_string() }
 }
 
-/// Name and content of a file.
-pub(crate) type NamedFile = (String, Vec<u8>);
+/// A file to write, and what of which tensor lies where in it.
+struct Layout<'a> {
+    name: String,
+    /// Length of the header and the header.
+    head: Vec<u8>,
+    /// Elements in the order of their bytes, which fill the rest of the file.
+    content: Vec<(Elements<'a>, Range<usize>)>,
+    bytes: usize,
+}
 
-/// The files of `ranks` ranks and the table of what they hold. Slices have no digests yet.
-pub(crate) fn write(
-    group: &str,
-    mut tensors: Vec<Live<'_>>,
-    ranks: usize,
-) -> Result<(Vec<NamedFile>, Vec<TensorEntry>)> {
-    tensors.sort_by(|a, b| {
-        let dtype = |live: &Live<'_>| safe_dtype(live.elements.dtype());
-        dtype(b).cmp(&dtype(a)).then_with(|| a.name.cmp(&b.name))
-    });
-    let entry = |live: &Live<'_>| TensorEntry {
-        name: live.name.clone(),
-        role: live.role,
-        dtype: live.elements.dtype(),
-        shape: live.shape.iter().map(|size| *size as u64).collect(),
-        slices: Vec::new(),
-    };
-    let mut table: Vec<TensorEntry> = tensors.iter().map(entry).collect();
-    let ranks = ranks.max(1);
-    let mut files = Vec::with_capacity(ranks);
-    for rank in 0..ranks {
-        let name = file_name(group, ranks, rank);
-        let bytes = write_rank(&name, &tensors, &mut table, ranks, rank)?;
-        files.push((name, bytes));
+/// Files to write and the table of what they hold. Slices have no digests yet.
+pub(crate) struct Files<'a> {
+    layouts: Vec<Layout<'a>>,
+    pub(crate) table: Vec<TensorEntry>,
+}
+
+impl<'a> Files<'a> {
+    /// Lays out the files of `ranks` ranks for each group of tensors.
+    pub(crate) fn of(groups: Vec<(&str, Vec<Live<'a>>)>, ranks: usize) -> Result<Self> {
+        let mut files = Self { layouts: Vec::new(), table: Vec::new() };
+        for (group, mut tensors) in groups {
+            tensors.sort_by(|a, b| {
+                let dtype = |live: &Live<'_>| safe_dtype(live.elements.dtype());
+                dtype(b).cmp(&dtype(a)).then_with(|| a.name.cmp(&b.name))
+            });
+            let entry = |live: &Live<'_>| TensorEntry {
+                name: live.name.clone(),
+                role: live.role,
+                dtype: live.elements.dtype(),
+                shape: live.shape.iter().map(|size| *size as u64).collect(),
+                slices: Vec::new(),
+            };
+            let mut table: Vec<TensorEntry> = tensors.iter().map(entry).collect();
+            let ranks = ranks.max(1);
+            for rank in 0..ranks {
+                files.layouts.push(lay_out(file_name(group, ranks, rank), &tensors, &mut table, ranks, rank)?);
+            }
+            files.table.append(&mut table);
+        }
+        Ok(files)
     }
-    Ok((files, table))
+
+    /// Length of each file in bytes.
+    pub(crate) fn lengths(&self) -> Vec<usize> {
+        self.layouts.iter().map(|layout| layout.bytes).collect()
+    }
+
+    /// Copies everything out, into memory of `buffers`.
+    pub(crate) fn write(&self, buffers: &Buffers) -> Result<Vec<(String, Bytes)>> {
+        let take = |layout: &Layout<'_>| buffers.take(layout.bytes).map_err(|source| Error::Memory { source });
+        let mut files = self.layouts.iter().map(take).collect::<Result<Vec<_>>>()?;
+        let mut parts = Vec::new();
+        for (layout, file) in self.layouts.iter().zip(&mut files) {
+            let (head, mut rest) = file.split_at_mut(layout.head.len());
+            head.copy_from_slice(&layout.head);
+            for (elements, range) in &layout.content {
+                let (here, after) = rest.split_at_mut(range.len() * elements.dtype().bytes() as usize);
+                elements.parts(range.clone(), here, &mut parts);
+                rest = after;
+            }
+        }
+        parts.into_par_iter().for_each(Part::copy);
+        let names = self.layouts.iter().map(|layout| layout.name.clone());
+        Ok(names.zip(files.into_iter().map(Bytes::from)).collect())
+    }
 }
 
 /// One file; its slices are added to the table.
-fn write_rank(
-    file: &str,
-    tensors: &[Live<'_>],
+fn lay_out<'a>(
+    file: String,
+    tensors: &[Live<'a>],
     table: &mut [TensorEntry],
     ranks: usize,
     rank: usize,
-) -> Result<Vec<u8>> {
+) -> Result<Layout<'a>> {
     let mut infos = Vec::new();
-    let mut parts: Vec<(Elements<'_>, Range<usize>, Range<usize>)> = Vec::new();
+    let mut content = Vec::new();
     let mut at = 0_usize;
     for (live, entry) in tensors.iter().zip(table.iter()) {
         let rows = entry.rows_of(ranks as u64, rank as u64);
@@ -149,23 +202,15 @@ fn write_rank(
         let bytes = elements.len() * entry.dtype.bytes() as usize;
         let dtype = safe_dtype(entry.dtype);
         infos.push((live.name.clone(), TensorInfo { dtype, shape, data_offsets: (at, at + bytes) }));
-        parts.push((live.elements, elements, at..at + bytes));
+        content.push((live.elements, elements));
         at += bytes;
     }
-    let metadata = Metadata::new(None, infos.clone()).map_err(|error| damaged(file, error))?;
+    let metadata = Metadata::new(None, infos.clone()).map_err(|error| damaged(&file, error))?;
     let mut header = serde_json::to_vec(&metadata).map_err(|source| Error::State { source })?;
     header.resize(header.len().next_multiple_of(8), b' ');
-    let start = 8 + header.len();
-    // Zeroed by the system as its pages are first touched, which the parallel copy does.
-    let mut bytes = vec![0_u8; start + at];
-    bytes[..8].copy_from_slice(&(header.len() as u64).to_le_bytes());
-    bytes[8..start].copy_from_slice(&header);
-    let mut rest = &mut bytes[start..];
-    for (elements, from, to) in parts {
-        let (here, after) = rest.split_at_mut(to.len());
-        elements.copy(from, here);
-        rest = after;
-    }
+    let mut head = (header.len() as u64).to_le_bytes().to_vec();
+    head.append(&mut header);
+    let start = head.len();
     let mut infos = infos.into_iter().peekable();
     for entry in table {
         let Some((_, info)) = infos.next_if(|(name, _)| *name == entry.name) else { continue };
@@ -176,15 +221,15 @@ fn write_rank(
         }
         let lengths = info.shape.iter().map(|size| *size as u64).collect();
         let range = [(start + info.data_offsets.0) as u64, (start + info.data_offsets.1) as u64];
-        entry.slices.push(TensorSlice { file: file.to_owned(), offsets, lengths, bytes: range, digest: None });
+        entry.slices.push(TensorSlice { file: file.clone(), offsets, lengths, bytes: range, digest: None });
     }
-    Ok(bytes)
+    Ok(Layout { name: file, head, content, bytes: start + at })
 }
 
 /// The tensors of a checkpoint, whatever files they lie in.
 pub(crate) struct StoredTensors {
     table: BTreeMap<String, TensorEntry>,
-    files: BTreeMap<String, Vec<u8>>,
+    files: BTreeMap<String, Bytes>,
 }
 
 impl StoredTensors {
@@ -193,7 +238,7 @@ impl StoredTensors {
     pub(crate) fn open(
         tensors: &[TensorEntry],
         groups: &[&str],
-        mut read: impl FnMut(&str) -> Result<Vec<u8>, dsv3_core::Error>,
+        mut read: impl FnMut(&str) -> Result<Bytes, dsv3_core::Error>,
     ) -> Result<Self> {
         let mut stored = Self { table: BTreeMap::new(), files: BTreeMap::new() };
         let mut read = |name: &str| read(name).map_err(|source| Error::Store { source });
@@ -246,86 +291,60 @@ impl StoredTensors {
             let found = format!("{:?} {:?}", entry.dtype, entry.shape);
             return Err(damaged("tensors", format!("{name} is {found}, the run needs {wanted:?} {shape:?}")));
         }
-        let bytes = self.bytes(entry)?;
         Ok(if dtype == DType::Bf16 {
-            Tensor::bf16(shape, bytes.as_chunks::<2>().0.iter().map(|b| bf16::from_le_bytes(*b)).collect())
+            Tensor::bf16(shape, self.elements(entry, bf16::from_le_bytes)?)
         } else {
-            Tensor::f32(shape, bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect())
+            Tensor::f32(shape, self.elements(entry, f32::from_le_bytes)?)
         })
     }
 
-    /// All bytes of a tensor, put together from its slices.
+    /// All elements of a tensor, put together from its slices, in parallel.
+    fn elements<T: Copy + Default + Send, const N: usize>(
+        &self,
+        entry: &TensorEntry,
+        decode: impl Fn([u8; N]) -> T + Sync,
+    ) -> Result<Vec<T>> {
+        let fill = |to: &mut [T], from: &[u8]| {
+            let from = from.as_chunks::<N>().0;
+            let parts = to.par_chunks_mut(COPY_ELEMENTS).zip(from.par_chunks(COPY_ELEMENTS));
+            parts.for_each(|(to, from)| to.iter_mut().zip(from).for_each(|(to, bytes)| *to = decode(*bytes)));
+        };
+        let row_elements = entry.row_bytes() as usize / N;
+        let mut elements = vec![T::default(); entry.rows() as usize * row_elements];
+        if entry.slices.iter().any(|slice| slice.lengths.iter().skip(1).ne(entry.shape.iter().skip(1))) {
+            fill(&mut elements, &self.bytes(entry)?);
+            return Ok(elements);
+        }
+        // Whole rows, as this library writes them, need no copy on the way.
+        for slice in &entry.slices {
+            let short = || damaged(&slice.file, format!("it does not hold its slice of {}", entry.name));
+            let held = self.held(slice).ok_or_else(short)?;
+            let first = slice.offsets.first().map_or(0, |row| *row as usize) * row_elements;
+            let count = slice.lengths.first().map_or(1, |rows| *rows as usize) * row_elements;
+            let to = elements.get_mut(first..first + count).filter(|to| to.len() * N == held.len());
+            fill(to.ok_or_else(short)?, held);
+        }
+        Ok(elements)
+    }
+
+    /// All bytes of a tensor, whatever boxes its slices are.
     fn bytes(&self, entry: &TensorEntry) -> Result<Vec<u8>> {
         let rows = 0..entry.rows();
         let mut bytes = vec![0; (entry.rows() * entry.row_bytes()) as usize];
         for slice in &entry.slices {
             let short = || damaged(&slice.file, format!("it does not hold its slice of {}", entry.name));
-            let file = self.files.get(&slice.file).ok_or_else(short)?;
-            let [begin, end] = slice.bytes;
-            let held = file.get(begin as usize..end as usize).ok_or_else(short)?;
+            let held = self.held(slice).ok_or_else(short)?;
             entry.copy(slice, held, &rows, &mut bytes).ok_or_else(short)?;
         }
         Ok(bytes)
     }
+
+    /// The bytes of a slice in its file.
+    fn held(&self, slice: &TensorSlice) -> Option<&[u8]> {
+        let [begin, end] = slice.bytes;
+        self.files.get(&slice.file)?.get(begin as usize..end as usize)
+    }
 }
 
 #[cfg(test)]
-mod tests {
-    use safetensors::tensor::TensorView;
-
-    use super::*;
-
-    fn values(count: usize, seed: f32) -> Vec<f32> {
-        (0..count).map(|i| seed + i as f32 * 0.37).collect()
-    }
-
-    fn live<'a>(name: &str, shape: &[usize], elements: Elements<'a>) -> Live<'a> {
-        Live { name: name.to_owned(), role: TensorRole::Master, shape: shape.to_vec(), elements }
-    }
-
-    #[test]
-    fn one_rank_writes_the_bytes_that_the_library_writes() {
-        let (a, b, c) = (values(15, 1.0), values(3, 2.0), values(8, 3.0));
-        let half: Vec<bf16> = c.iter().map(|x| bf16::from_f32(*x)).collect();
-        let tensors = || {
-            vec![
-                live("second", &[3], Elements::F32(&b)),
-                live("half", &[2, 4], Elements::Bf16(&half)),
-                live("first\"", &[5, 3], Elements::F32(&a)),
-            ]
-        };
-        let (files, table) = write("masters", tensors(), 1).unwrap();
-        let bytes = |list: &[f32]| list.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>();
-        let (a, b) = (bytes(&a), bytes(&b));
-        let half: Vec<u8> = half.iter().flat_map(|x| x.to_le_bytes()).collect();
-        let views = [
-            ("half", TensorView::new(Dtype::BF16, vec![2, 4], &half).unwrap()),
-            ("first\"", TensorView::new(Dtype::F32, vec![5, 3], &a).unwrap()),
-            ("second", TensorView::new(Dtype::F32, vec![3], &b).unwrap()),
-        ];
-        assert_eq!(files[0].0, "masters.safetensors");
-        assert_eq!(files[0].1, safetensors::serialize(views, None).unwrap());
-        let names: Vec<&str> = table.iter().map(|entry| entry.name.as_str()).collect();
-        assert_eq!(names, ["first\"", "second", "half"]);
-    }
-
-    #[test]
-    fn every_split_reads_back_and_every_file_is_safetensors() {
-        let (a, b) = (values(7 * 11, 1.0), values(2, -4.0));
-        for ranks in 1..=5 {
-            let tensors = vec![live("a", &[7, 11], Elements::F32(&a)), live("b", &[2], Elements::F32(&b))];
-            let (files, table) = write("m", tensors, ranks).unwrap();
-            assert_eq!(files.len(), ranks);
-            for (name, bytes) in &files {
-                SafeTensors::deserialize(bytes).unwrap_or_else(|error| panic!("{name}: {error}"));
-            }
-            let find = |name: &str| Ok(files.iter().find(|(file, _)| file == name).unwrap().1.clone());
-            let stored = StoredTensors::open(&table, &[], find).unwrap();
-            assert_eq!(stored.tensor("a", DType::F32, &[7, 11]).unwrap().as_f32(), a);
-            assert_eq!(stored.tensor("b", DType::F32, &[2]).unwrap().as_f32(), b);
-            assert!(stored.tensor("a", DType::F32, &[11, 7]).is_err());
-            assert!(stored.tensor("c", DType::F32, &[1]).is_err());
-        }
-        assert_eq!(file_name("masters", 4, 3), "masters-00004-of-00004.safetensors");
-    }
-}
+mod tests;

@@ -2,6 +2,7 @@
 
 use std::{cell::RefCell, collections::BTreeMap};
 
+use bytes::Bytes;
 use dsv3_core::{Digest, Events, FileEntry, VirtualClock};
 use dsv3_data::{ChatTemplate, Location, Message, Place, PromptRecord, TrainOptions as TokenizerOptions};
 use dsv3_hooks::RewardItem;
@@ -31,7 +32,7 @@ impl Scorer for Letters {
     }
 }
 
-type Saved = (dsv3_store::Checkpoint, BTreeMap<String, Vec<u8>>);
+type Saved = (dsv3_store::Checkpoint, BTreeMap<String, Bytes>);
 
 /// Holds the newest checkpoint.
 #[derive(Default)]
@@ -41,11 +42,11 @@ impl CheckpointStore for Memory {
     fn latest(&self) -> Result<Option<dsv3_store::Checkpoint>, CoreError> {
         Ok(self.0.borrow().as_ref().map(|(checkpoint, _)| checkpoint.clone()))
     }
-    fn read(&self, _: &dsv3_store::Checkpoint, name: &str) -> Result<Vec<u8>, CoreError> {
+    fn read(&self, _: &dsv3_store::Checkpoint, name: &str) -> Result<Bytes, CoreError> {
         Ok(self.0.borrow().as_ref().unwrap().1[name].clone())
     }
     fn save(&self, snapshot: Snapshot) -> Result<(), CoreError> {
-        let entry = |(path, bytes): &(String, Vec<u8>)| FileEntry {
+        let entry = |(path, bytes): &(String, Bytes)| FileEntry {
             path: path.clone(),
             digest: Digest::of(bytes),
             bytes: bytes.len() as u64,

@@ -8,7 +8,7 @@ use serde_json::json;
 use tokio::runtime::{Builder, Runtime};
 
 use crate::{
-    CheckpointRecord, Store, StoreError, TensorEntry, TensorRole, TensorSlice, TensorType,
+    Buffers, CheckpointRecord, Store, StoreError, TensorEntry, TensorRole, TensorSlice, TensorType,
     blocking::{Checkpoints, Save},
     faults::{Fault, Faults},
 };
@@ -30,6 +30,10 @@ fn saver(store: &Store, runtime: &Runtime, events: Events) -> Checkpoints {
     Checkpoints::new(store.clone(), runtime.handle().clone(), "key", 1, "base", events)
 }
 
+fn saver_at(store: &Store, runtime: &Runtime, seq: u64) -> crate::Checkpoint {
+    saver(store, runtime, Events::none()).at(Some(seq)).latest().unwrap().unwrap()
+}
+
 /// Keeps the only worker of `runtime` busy until the sender is dropped.
 fn busy(runtime: &Runtime) -> mpsc::Sender<()> {
     let (sender, receiver) = mpsc::channel::<()>();
@@ -40,6 +44,46 @@ fn busy(runtime: &Runtime) -> mpsc::Sender<()> {
     });
     wait.recv().unwrap();
     sender
+}
+
+/// The next copy is made while the save before is still in flight, into other memory; after that save its memory is used
+/// again where the store does not hold it itself.
+#[test]
+fn a_copy_made_beside_a_save_does_not_reach_it() {
+    // On the heap and in a mapping of its own.
+    for length in [4096, 5 << 20] {
+        let folder = tempfile::tempdir().unwrap();
+        for (store, gives_back) in
+            [(Store::open(&folder.path().display().to_string()).unwrap(), true), (Store::with_memory(), false)]
+        {
+            let (runtime, buffers) = (runtime(), Buffers::new(vec![length]));
+            let saver = saver(&store, &runtime, Events::none());
+            let copy = |fill: u8| {
+                let mut buffer = buffers.take(length).unwrap();
+                buffer.fill(fill);
+                Bytes::from(buffer)
+            };
+            let save = |step: u64, bytes: Bytes| Save { step, files: vec![("a".into(), bytes)], ..Save::default() };
+            let gate = busy(&runtime);
+            let first = copy(1);
+            let at = first.as_ptr();
+            saver.start(save(1, first)).unwrap();
+            let second = copy(2);
+            assert_ne!(second.as_ptr(), at);
+            drop(gate);
+            saver.finish().unwrap();
+            let third = copy(3);
+            assert_eq!(third.as_ptr() == at, gives_back);
+            saver.start(save(2, second)).unwrap();
+            saver.start(save(3, third)).unwrap();
+            saver.finish().unwrap();
+            for seq in 1..=3 {
+                let found = saver_at(&store, &runtime, seq);
+                let bytes = saver.read(&found.files[0]).unwrap();
+                assert!(bytes.len() == length && bytes.iter().all(|byte| u64::from(*byte) == seq), "{seq}");
+            }
+        }
+    }
 }
 
 #[test]

@@ -6,6 +6,7 @@ use std::{
     sync::{Arc, Mutex},
 };
 
+use bytes::Bytes;
 use dsv3_core::{Cancel, Digest, Event, Events, FileEntry, VirtualClock};
 use dsv3_model::{Batch, ModelConfig};
 use dsv3_ops::Precision;
@@ -25,14 +26,14 @@ use crate::{
 #[derive(Default)]
 struct Memory {
     list: RefCell<Vec<Checkpoint>>,
-    blobs: RefCell<BTreeMap<Digest, Vec<u8>>>,
+    blobs: RefCell<BTreeMap<Digest, Bytes>>,
 }
 
 impl CheckpointStore for Memory {
     fn latest(&self) -> Result<Option<Checkpoint>, dsv3_core::Error> {
         Ok(self.list.borrow().last().cloned())
     }
-    fn read(&self, checkpoint: &Checkpoint, name: &str) -> Result<Vec<u8>, dsv3_core::Error> {
+    fn read(&self, checkpoint: &Checkpoint, name: &str) -> Result<Bytes, dsv3_core::Error> {
         let entry = checkpoint.file(name).ok_or_else(|| dsv3_core::Error::data(name))?;
         Ok(self.blobs.borrow()[&entry.digest].clone())
     }
@@ -326,7 +327,7 @@ impl CheckpointStore for Failing {
     fn latest(&self) -> Result<Option<Checkpoint>, dsv3_core::Error> {
         self.0.latest()
     }
-    fn read(&self, checkpoint: &Checkpoint, name: &str) -> Result<Vec<u8>, dsv3_core::Error> {
+    fn read(&self, checkpoint: &Checkpoint, name: &str) -> Result<Bytes, dsv3_core::Error> {
         self.0.read(checkpoint, name)
     }
     fn save(&self, _: Snapshot) -> Result<(), dsv3_core::Error> {
