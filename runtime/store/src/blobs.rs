@@ -61,8 +61,9 @@ impl Store {
     async fn put_blob_local(&self, root: local::Root, bytes: Bytes) -> Result<Digest> {
         let error = StoreError::io("create", self.display_path("blobs"));
         let work = move || {
-            let (digest, staged) =
-                hashing::hash_beside(&bytes, || local::stage(&root, "blobs", |file| file.write_all(&bytes)))?;
+            let (digest, staged) = hashing::hash_beside(&bytes, || {
+                local::stage(&root, "blobs", |file| hashing::write_through(file, &bytes))
+            })?;
             Ok((digest, staged, root, bytes.len() as u64))
         };
         let (digest, staged, root, bytes) = tokio::task::spawn_blocking(work).await?.map_err(error)?;

@@ -4,9 +4,10 @@
 use std::{
     fs::File,
     io::{self, Read, Write},
+    num::NonZeroU64,
     os::unix::fs::FileExt,
     path::Path,
-    sync::{Mutex, PoisonError, mpsc},
+    sync::mpsc,
     thread,
 };
 
@@ -22,6 +23,8 @@ const CHUNK_BYTES: usize = 1 << 20;
 const CHUNKS_WAITING: usize = 4;
 /// Threads that read one file.
 const READERS_MAX: usize = 4;
+/// Bytes written before the system is asked to store them.
+const WRITTEN_BYTES: usize = 8 << 20;
 /// What is shorter is hashed by the thread that moves it.
 pub(crate) const THREAD_BYTES: usize = 4 << 20;
 
@@ -100,25 +103,51 @@ pub(crate) fn read_hashed(path: &Path) -> io::Result<(Bytes, Digest)> {
     }
     let mut bytes = Buffer::alone(length)?;
     let mut values = vec![[0; 32]; length.div_ceil(CHUNK_BYTES)];
-    let pieces = Mutex::new(bytes.chunks_mut(CHUNK_BYTES).zip(&mut values).enumerate());
-    let next = || pieces.lock().unwrap_or_else(PoisonError::into_inner).next();
-    let read = || {
-        while let Some((i, (piece, value))) = next() {
-            let offset = (i * CHUNK_BYTES) as u64;
-            file.read_exact_at(piece, offset)?;
-            *value = blake3::Hasher::new().set_input_offset(offset).update(piece).finalize_non_root();
-        }
-        Ok(())
-    };
-    let threads = thread::available_parallelism().map_or(1, usize::from).min(READERS_MAX);
+    let share = values.len().div_ceil(thread::available_parallelism().map_or(1, usize::from).clamp(2, READERS_MAX));
     thread::scope(|scope| {
-        let readers: Vec<_> = (1..threads).map(|_| scope.spawn(read)).collect();
-        let done: io::Result<()> = read();
-        readers.into_iter().try_fold((), |(), reader| joined(reader)?).and(done)
+        let shares = bytes.chunks_mut(share * CHUNK_BYTES).zip(values.chunks_mut(share));
+        let reader = |(i, (bytes, values))| scope.spawn(move || read_share(path, i * share, bytes, values));
+        let readers: Vec<_> = shares.enumerate().map(reader).collect();
+        readers.into_iter().try_for_each(|reader| joined(reader)?)
     })?;
     let (left, right) = values.split_at(left_pieces(values.len()));
     let root = hazmat::merge_subtrees_root(&subtree(left), &subtree(right), Mode::Hash);
     Ok((bytes.into(), Digest::from_bytes(*root.as_bytes())))
+}
+
+/// Reads pieces from number `first` on, and answers the chaining value of each. Consecutive pieces and a file of its own
+/// keep the system's readahead going, which two readers of one file would confuse.
+fn read_share(path: &Path, first: usize, bytes: &mut [u8], values: &mut [ChainingValue]) -> io::Result<()> {
+    let file = File::open(path)?;
+    for (i, (piece, value)) in bytes.chunks_mut(CHUNK_BYTES).zip(values).enumerate() {
+        let offset = ((first + i) * CHUNK_BYTES) as u64;
+        file.read_exact_at(piece, offset)?;
+        // The disk goes on while this piece is hashed.
+        will_read(&file, offset + piece.len() as u64);
+        *value = blake3::Hasher::new().set_input_offset(offset).update(piece).finalize_non_root();
+    }
+    Ok(())
+}
+
+/// Asks the system to fetch the piece at `offset`.
+fn will_read(file: &File, offset: u64) {
+    // Speed alone depends on it.
+    #[cfg(target_os = "linux")]
+    let _ = rustix::fs::fadvise(file, offset, NonZeroU64::new(CHUNK_BYTES as u64), rustix::fs::Advice::WillNeed);
+}
+
+/// Writes `bytes`, and has the system begin to store each part while the next ones are written, so that the sync that
+/// follows finds little left to do.
+pub(crate) fn write_through(file: &mut File, bytes: &[u8]) -> io::Result<()> {
+    let mut offset = 0;
+    for part in bytes.chunks(WRITTEN_BYTES) {
+        file.write_all(part)?;
+        // To let go of pages that are not stored yet means to begin storing them. Speed alone depends on it.
+        #[cfg(target_os = "linux")]
+        let _ = rustix::fs::fadvise(&*file, offset, NonZeroU64::new(part.len() as u64), rustix::fs::Advice::DontNeed);
+        offset += part.len() as u64;
+    }
+    Ok(())
 }
 
 /// Of `pieces` pieces, at least two, those under the left child: BLAKE3 puts the largest power of two there that leaves
@@ -155,7 +184,7 @@ mod tests {
     use super::*;
 
     /// Around every bound of the code, and trees of 4 to 9 pieces, the last one whole or not.
-    const LENGTHS: [usize; 13] = [
+    const LENGTHS: [usize; 14] = [
         0,
         1,
         CHUNK_BYTES - 1,
@@ -169,6 +198,7 @@ mod tests {
         7 * CHUNK_BYTES + 1024,
         8 * CHUNK_BYTES,
         8 * CHUNK_BYTES + 1025,
+        2 * WRITTEN_BYTES + 1,
     ];
 
     #[test]
@@ -184,6 +214,8 @@ mod tests {
             assert_eq!(hash_file(&path).unwrap(), (digest, length as u64));
             assert!(read_hashed(&path).unwrap() == (bytes.clone().into(), digest));
             assert_eq!(hash_beside(&bytes, || Ok(1)).unwrap(), (digest, 1));
+            write_through(&mut File::create(&path).unwrap(), &bytes).unwrap();
+            assert!(std::fs::read(&path).unwrap() == bytes);
         }
     }
 }

@@ -94,6 +94,7 @@ impl From<Error> for dsv3_core::Error {
                 .help("lower the learning rate, or look at the samples that the warnings before name"),
             Error::Checkpoint { .. } => Self::new(ErrorKind::Data, message),
             Error::State { source } => Self::new(ErrorKind::Data, message).source(source),
+            Error::Memory { source } => Self::unavailable(message).source(source),
             Error::NotTrainable { .. } => Self::new(ErrorKind::Internal, message),
             Error::NoTargets { .. } => Self::new(ErrorKind::Data, message),
         }

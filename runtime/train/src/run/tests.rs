@@ -365,6 +365,63 @@ fn an_error_of_the_last_save_is_not_lost() {
     assert!(matches!(error, Error::Store { .. }), "{error:?}");
 }
 
+/// Notes where the memory of each copy lies, and between two saves takes whatever memory of that length is free.
+#[derive(Default)]
+struct Places {
+    seen: RefCell<Vec<Vec<usize>>>,
+    in_flight: RefCell<Vec<Bytes>>,
+    taken: RefCell<Vec<Vec<u8>>>,
+}
+
+impl CheckpointStore for Places {
+    fn latest(&self) -> Result<Option<Checkpoint>, dsv3_core::Error> {
+        Ok(None)
+    }
+    fn read(&self, _: &Checkpoint, name: &str) -> Result<Bytes, dsv3_core::Error> {
+        Err(dsv3_core::Error::data(name))
+    }
+    fn save(&self, snapshot: Snapshot) -> Result<(), dsv3_core::Error> {
+        self.start(snapshot)?;
+        self.finish()
+    }
+    fn start(&self, snapshot: Snapshot) -> Result<(), dsv3_core::Error> {
+        assert!(self.in_flight.borrow().is_empty(), "two copies at a time");
+        let files: Vec<Bytes> = snapshot.files.into_iter().map(|(_, bytes)| bytes).collect();
+        self.seen.borrow_mut().push(files.iter().map(|bytes| bytes.as_ptr() as usize).collect());
+        *self.in_flight.borrow_mut() = files;
+        Ok(())
+    }
+    fn finish(&self) -> Result<(), dsv3_core::Error> {
+        let lengths: Vec<usize> = self.in_flight.take().iter().map(Bytes::len).collect();
+        self.taken.borrow_mut().extend(lengths.into_iter().map(|length| vec![0; length]));
+        Ok(())
+    }
+}
+
+/// Whether the run begins with a copy of its start, for the guard, or not.
+#[test]
+fn every_copy_of_a_run_lies_in_the_same_memory() {
+    for guard in [GuardConfig::default(), GuardConfig::finite_only()] {
+        let (places, events, clock, cancel) =
+            (Places::default(), Events::none(), VirtualClock::default(), Cancel::new());
+        let host = TrainHost {
+            stage: "t",
+            events: &events,
+            cancel: &cancel,
+            clock: &clock,
+            checkpoints: &places,
+            as_it_is: false,
+        };
+        let mut options = RunOptions { guard, ..options(4) };
+        options.checkpoint = CheckpointEvery { steps: Some(1), minutes: None, shards: 2 };
+        run_training(&mut trainer(), &mut work(&cancel), &host, &options).unwrap();
+        let seen = places.seen.into_inner();
+        let of = |copy: &Vec<usize>| copy.iter().copied().collect::<std::collections::BTreeSet<_>>();
+        assert_eq!((seen.len(), of(&seen[0]).len()), (4, 4));
+        assert!(seen.iter().all(|copy| of(copy) == of(&seen[0])), "{seen:?}");
+    }
+}
+
 /// Asked for its checkpoint as it is, a run takes no step and writes nothing.
 #[test]
 fn a_checkpoint_is_taken_as_it_is() {
