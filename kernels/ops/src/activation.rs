@@ -119,7 +119,7 @@ pub(crate) fn input(x: &Tensor, rounding: Rounding, save: bool) -> (Rows, Option
         Precision::F32 => (Rows::Values(x.clone()), save.then(|| Saved::F32(x.clone()))),
         Precision::Bf16 if !save => (Rows::Values(rounded_bf16(x)), None),
         Precision::Bf16 => {
-            let (mut values, mut narrow) = (memory::buffer(x.numel()), vec![bf16::ZERO; x.numel()]);
+            let (mut values, mut narrow) = (memory::buffer(x.numel()), memory::buffer::<bf16>(x.numel()));
             (values.par_chunks_mut(CHUNK), narrow.par_chunks_mut(CHUNK), x.as_f32().par_chunks(CHUNK))
                 .into_par_iter()
                 .for_each(|(values, narrow, x)| {

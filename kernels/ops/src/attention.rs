@@ -187,7 +187,7 @@ fn evaluate(q: &Tensor, kv: &Tensor, k_rope: &Tensor, spans: &Spans, scale: f32)
     let inputs = Inputs { q: q.as_f32(), kv: kv.as_f32(), k_rope: k_rope.as_f32(), sizes, scale };
     let (tokens, heads, dv) = (spans.tokens(), sizes.heads, sizes.dv);
     let mut out = scratch(tokens * heads * dv);
-    let mut logsumexp = vec![0.0; tokens * heads];
+    let mut logsumexp = buffer(tokens * heads);
     by_sequence_and_head(out.as_f32_mut(), spans, heads, dv)
         .into_par_iter()
         .zip(by_sequence_and_head(&mut logsumexp, spans, heads, 1))
@@ -276,6 +276,7 @@ impl Back for AttentionBack {
         grads.add(self.q.id(), Tensor::f32(q.shape(), dq));
         grads.add(self.kv.id(), Tensor::f32(kv.shape(), d_kv));
         grads.add(self.k_rope.id(), Tensor::f32(k_rope.shape(), d_rope));
+        crate::memory::give_back(self.logsumexp);
         None
     }
 }
@@ -359,7 +360,7 @@ simd_fn! {
 fn join_key_grads(dk: &[f32], dv: &[f32], spans: &Spans, s: Sizes) -> (Vec<f32>, Vec<f32>) {
     let (heads, dq) = (s.heads, s.dq());
     let mut d_kv = buffer(spans.tokens() * heads * s.dkv());
-    let mut d_rope = vec![0.0; spans.tokens() * s.dr];
+    let mut d_rope = crate::memory::zeros(spans.tokens() * s.dr);
     for range in spans.iter() {
         let (first, len) = (range.start, range.len());
         let (dk, dv) = (&dk[first * heads * dq..], &dv[first * heads * s.dv..]);

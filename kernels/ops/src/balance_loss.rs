@@ -94,7 +94,7 @@ impl Back for BalanceBack {
         for (i, range) in self.spans.iter().enumerate() {
             span_of_token.extend(std::iter::repeat_n(i, range.len()));
         }
-        let mut ds = vec![0.0; s.len()];
+        let mut ds = crate::memory::zeros(s.len());
         for_row_chunks(&mut ds, experts, CHUNK_TOKENS, 2 * experts, |first, chunk| {
             for (i, ds) in chunk.chunks_exact_mut(experts).enumerate() {
                 let (row, span) = (&s[(first + i) * experts..][..experts], span_of_token[first + i]);

@@ -45,7 +45,7 @@ simd_fn! {
 
 /// [`narrow`] on several threads.
 pub(crate) fn narrowed(values: &[f32]) -> Vec<bf16> {
-    let mut out = vec![bf16::ZERO; values.len()];
+    let mut out = crate::memory::buffer(values.len());
     let chunks = out.par_chunks_mut(CHUNK).zip(values.par_chunks(CHUNK));
     chunks.for_each(|(out, values)| narrow(Isa::best(), values, out));
     out

@@ -168,7 +168,7 @@ impl Fp8 {
     pub(crate) fn round_rows(x: &Tensor, encoding: Encoding, scales: Fp8Scales, view: View) -> (Tensor, Self) {
         let cols = x.cols();
         let rows = x.numel() / cols.max(1);
-        let mut codes = vec![0; x.numel()];
+        let mut codes = memory::buffer(x.numel());
         let (words, factors) = words_of_rows(x, Rule { encoding, scales, view }, &mut codes);
         let mut factor_shape = x.shape().to_vec();
         if let Some(last) = factor_shape.last_mut() {

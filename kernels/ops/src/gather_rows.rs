@@ -39,7 +39,7 @@ impl Back for GatherBack {
     fn inputs(self: Box<Self>, grads: &mut Grads) -> Option<Job> {
         let dy = grads.take(self.out)?;
         let d = self.shape.last().copied().unwrap_or(1);
-        let mut dx = vec![0.0; self.shape.iter().product()];
+        let mut dx = crate::memory::zeros(self.shape.iter().product());
         for (&row, grad) in self.rows.iter().zip(dy.as_f32().chunks_exact(d)) {
             add_assign(&mut dx[row as usize * d..][..d], grad);
         }

@@ -1,7 +1,7 @@
-//! Reuse of large buffers: a pool behind f32 tensors, and what the allocator does with the rest.
+//! Reuse of large buffers: a pool behind tensors, and what the allocator does with the rest.
 //!
 //! A training step frees megabytes that the next step asks for again. glibc by default hands them back to the kernel, and
-//! every page is then faulted in and cleared anew: up to half the time of a small layer. Dropped f32 tensors return
+//! every page is then faulted in and cleared anew: up to half the time of a small layer. Dropped tensors return
 //! to a pool, whose buffers need no clearing for an op that writes every element; a process that trains or serves also
 //! calls [`keep_freed_memory`] once at its start.
 
@@ -9,65 +9,105 @@ use std::collections::BTreeMap;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-/// Smaller buffers are the allocator's business.
-const ELEMENTS_MIN: usize = 1 << 13;
-/// The pool is emptied when it would hold more elements than this (512 MiB unless [`keep_buffers`] said otherwise), so that
-/// sizes of a finished phase do not stay.
-static ELEMENTS_MAX: AtomicUsize = AtomicUsize::new(1 << 29);
+use half::bf16;
 
-struct Pool {
-    by_capacity: BTreeMap<usize, Vec<Vec<f32>>>,
-    elements: usize,
+/// Smaller buffers are the allocator's business.
+const BYTES_MIN: usize = 1 << 15;
+/// The pool is emptied when it would hold more than this (2 GiB unless [`keep_buffers`] said otherwise), so that sizes of a
+/// finished phase do not stay.
+static BYTES_MAX: AtomicUsize = AtomicUsize::new(1 << 31);
+
+/// Free buffers by capacity.
+type Free<T> = BTreeMap<usize, Vec<Vec<T>>>;
+
+/// What the pool keeps of every element type, and how many bytes in all.
+pub(crate) struct Pool {
+    f32: Free<f32>,
+    bf16: Free<bf16>,
+    u8: Free<u8>,
+    bytes: usize,
 }
 
-static POOL: Mutex<Pool> = Mutex::new(Pool { by_capacity: BTreeMap::new(), elements: 0 });
+impl Pool {
+    const fn new() -> Self {
+        Self { f32: BTreeMap::new(), bf16: BTreeMap::new(), u8: BTreeMap::new(), bytes: 0 }
+    }
+}
+
+static POOL: Mutex<Pool> = Mutex::new(Pool::new());
+
+/// An element type whose buffers are kept.
+pub(crate) trait Pooled: Copy + Default {
+    /// Takes a buffer of this capacity or up to a quarter more: the most that is wasted.
+    fn take(pool: &mut Pool, len: usize) -> Option<Vec<Self>>;
+
+    /// Puts one back.
+    fn put(pool: &mut Pool, buffer: Vec<Self>);
+}
+
+macro_rules! pooled {
+    ($($ty:ident),*) => {
+        $(impl Pooled for $ty {
+            fn take(pool: &mut Pool, len: usize) -> Option<Vec<Self>> {
+                let (&capacity, buffers) = pool.$ty.range_mut(len..=len + len / 4).next()?;
+                let found = buffers.pop();
+                if buffers.is_empty() {
+                    pool.$ty.remove(&capacity);
+                }
+                pool.bytes -= found.as_ref().map_or(0, |_| capacity * size_of::<Self>());
+                found
+            }
+
+            fn put(pool: &mut Pool, buffer: Vec<Self>) {
+                pool.bytes += buffer.capacity() * size_of::<Self>();
+                pool.$ty.entry(buffer.capacity()).or_default().push(buffer);
+            }
+        })*
+    };
+}
+pooled!(f32, bf16, u8);
 
 /// A buffer of `len` elements of unspecified value, for an op that writes all of them.
-pub(crate) fn buffer(len: usize) -> Vec<f32> {
-    if len >= ELEMENTS_MIN
+pub(crate) fn buffer<T: Pooled>(len: usize) -> Vec<T> {
+    if len * size_of::<T>() >= BYTES_MIN
         && let Ok(mut pool) = POOL.lock()
+        && let Some(mut found) = T::take(&mut pool, len)
     {
-        // A quarter more than wanted is the most that is wasted.
-        let fitting = pool.by_capacity.range_mut(len..=len + len / 4).next();
-        if let Some((&capacity, buffers)) = fitting {
-            let found = buffers.pop();
-            if buffers.is_empty() {
-                pool.by_capacity.remove(&capacity);
-            }
-            if let Some(mut found) = found {
-                pool.elements -= capacity;
-                drop(pool);
-                found.resize(len, 0.0);
-                return found;
-            }
-        }
+        drop(pool);
+        found.resize(len, T::default());
+        return found;
     }
-    vec![0.0; len]
+    vec![T::default(); len]
+}
+
+/// A buffer of `len` zeros, for an op that adds to them.
+pub(crate) fn zeros(len: usize) -> Vec<f32> {
+    let mut zeros = buffer(len);
+    zeros.fill(0.0);
+    zeros
 }
 
 /// Offers a buffer for reuse.
-pub(crate) fn give_back(buffer: Vec<f32>) {
-    let capacity = buffer.capacity();
-    let elements_max = ELEMENTS_MAX.load(Ordering::Relaxed);
-    if !(ELEMENTS_MIN..=elements_max / 4).contains(&capacity) {
+pub(crate) fn give_back<T: Pooled>(buffer: Vec<T>) {
+    let bytes = buffer.capacity() * size_of::<T>();
+    let bytes_max = BYTES_MAX.load(Ordering::Relaxed);
+    if !(BYTES_MIN..=bytes_max / 4).contains(&bytes) {
         return;
     }
     if let Ok(mut pool) = POOL.lock() {
-        if pool.elements + capacity > elements_max {
-            let old = std::mem::take(&mut pool.by_capacity);
-            pool.elements = 0;
+        if pool.bytes + bytes > bytes_max {
+            let old = std::mem::replace(&mut *pool, Pool::new());
             drop(pool);
             drop(old);
             return;
         }
-        pool.elements += capacity;
-        pool.by_capacity.entry(capacity).or_default().push(buffer);
+        T::put(&mut pool, buffer);
     }
 }
 
 /// Sets how many bytes of dropped buffers are kept for reuse. A server, whose batches have many sizes, keeps few.
 pub fn keep_buffers(bytes_max: usize) {
-    ELEMENTS_MAX.store(bytes_max / size_of::<f32>(), Ordering::Relaxed);
+    BYTES_MAX.store(bytes_max, Ordering::Relaxed);
 }
 
 /// Makes glibc keep freed memory for reuse instead of returning it to the kernel. Does nothing on other C libraries.
@@ -80,7 +120,7 @@ pub fn keep_freed_memory() {
 /// than on glibc it only empties the pool.
 pub fn return_freed_memory() {
     if let Ok(mut pool) = POOL.lock() {
-        *pool = Pool { by_capacity: BTreeMap::new(), elements: 0 };
+        *pool = Pool::new();
     }
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
     glibc::trim();
@@ -135,12 +175,12 @@ mod tests {
         let kept = tensor.clone();
         let address = tensor.as_f32().as_ptr();
         drop(tensor);
-        let other = buffer(len);
+        let other: Vec<f32> = buffer(len);
         assert_ne!(other.as_ptr(), address, "a shared buffer is still in use");
         drop(kept);
-        let again = buffer(len - 10);
+        let again: Vec<f32> = buffer(len - 10);
         assert_eq!(again.as_ptr(), address);
         assert_eq!(again.len(), len - 10);
-        assert_eq!(buffer(7), vec![0.0; 7]);
+        assert_eq!(buffer::<f32>(7), vec![0.0; 7]);
     }
 }

@@ -235,7 +235,7 @@ impl Back for GatesBack {
         let dy = grads.take(self.out)?;
         let (width, k) = (self.scores.value.cols(), self.experts.cols());
         let (s, chosen, dy) = (self.scores.value.as_f32(), self.experts.as_u32(), dy.as_f32());
-        let mut ds = vec![0.0; s.len()];
+        let mut ds = crate::memory::zeros(s.len());
         for_row_chunks(&mut ds, width, CHUNK_TOKENS, width, |first, chunk| {
             for (i, ds) in chunk.chunks_exact_mut(width).enumerate() {
                 let token = first + i;

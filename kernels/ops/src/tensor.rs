@@ -48,8 +48,11 @@ pub enum CpuBuf {
 
 impl Drop for CpuBuf {
     fn drop(&mut self) {
-        if let Self::F32(v) = self {
-            memory::give_back(std::mem::take(v));
+        match self {
+            Self::F32(v) => memory::give_back(std::mem::take(v)),
+            Self::Bf16(v) => memory::give_back(std::mem::take(v)),
+            Self::U8(v) => memory::give_back(std::mem::take(v)),
+            Self::U32(_) => {}
         }
     }
 }

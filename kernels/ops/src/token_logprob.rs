@@ -11,7 +11,8 @@ use std::sync::Arc;
 
 use crate::gemm::{self, Mat, Product, Right, gemm};
 use crate::isa::{Isa, simd_fn};
-use crate::memory::buffer;
+use crate::memory::{self, buffer, give_back};
+use crate::scratch::with_f32;
 use crate::vector::{LANES, exp, exp_in_place, fold, for_row_chunks, max, scratch};
 use crate::weight::Operand;
 use crate::{Back, Grads, Job, Param, ParamId, Tape, Tensor, Var, VarId, Weight};
@@ -97,12 +98,12 @@ fn evaluate(
     let (h, w) = (h.as_f32(), Operand::forward(weight, 0));
     let mut logp = vec![0.0; tokens];
     let mut entropy = vec![0.0; if options.want_entropy { tokens } else { 0 }];
-    let mut logsumexp = vec![0.0; tokens];
+    let mut logsumexp = memory::zeros(tokens);
     let rows = active_rows(targets, |_| true);
     let keep = keep && rows.len() * vocab * size_of::<f32>() <= KEPT_BYTES_MAX;
     let chunk_rows = options.chunk_rows.max(1);
     let (mut kept, mut buffer) = (Vec::new(), None);
-    let mut packed = Vec::new();
+    let mut packed = memory::buffer(rows.len().min(chunk_rows) * d);
     for chunk in rows.chunks(chunk_rows) {
         gather(h, d, chunk, &mut packed);
         let mut all = buffer.take().unwrap_or_else(|| scratch(rows.len().min(chunk_rows) * vocab));
@@ -111,12 +112,13 @@ fn evaluate(
         let logits = &*logits;
         let mut results = vec![0.0; chunk.len() * 3];
         for_row_chunks(&mut results, 3, 4, 8 * vocab, |first, results| {
-            let mut scratch = vec![0.0; vocab];
-            for (i, result) in results.chunks_exact_mut(3).enumerate() {
-                let z = &logits[(first + i) * vocab..][..vocab];
-                let target = targets[chunk[first + i] as usize] as usize;
-                row_statistics(Isa::best(), z, target, options.want_entropy, &mut scratch, result);
-            }
+            with_f32(vocab, |scratch| {
+                for (i, result) in results.chunks_exact_mut(3).enumerate() {
+                    let z = &logits[(first + i) * vocab..][..vocab];
+                    let target = targets[chunk[first + i] as usize] as usize;
+                    row_statistics(Isa::best(), z, target, options.want_entropy, scratch, result);
+                }
+            });
         });
         for (&row, result) in chunk.iter().zip(results.chunks_exact(3)) {
             logp[row as usize] = result[0];
@@ -127,6 +129,7 @@ fn evaluate(
         }
         if keep { kept.push(all) } else { buffer = Some(all) }
     }
+    give_back(packed);
     let entropy = options.want_entropy.then(|| Tensor::f32(&[tokens], entropy));
     (Out { logp: Tensor::f32(&[tokens], logp), entropy }, logsumexp, kept)
 }
@@ -193,7 +196,8 @@ impl Back for HeadBack {
         let all_rows = self.targets.iter().filter(|target| **target != NO_TARGET).count();
         let mut kept = std::mem::take(&mut self.logits).into_iter().filter(|_| rows.len() == all_rows);
         let mut buffer = None;
-        let (mut packed, mut dh_packed) = (Vec::new(), Vec::new());
+        let most = rows.len().min(chunk_rows) * d;
+        let (mut packed, mut dh_packed) = (memory::buffer(most), memory::buffer(most));
         for (index, chunk) in rows.chunks(chunk_rows).enumerate() {
             gather(h, d, chunk, &mut packed);
             let n = chunk.len();
@@ -214,6 +218,7 @@ impl Back for HeadBack {
             buffer = Some(all);
         }
         grads.add(self.h.id(), Tensor::f32(self.h.value.shape(), dh));
+        [packed, dh_packed, std::mem::take(&mut self.logsumexp)].into_iter().for_each(give_back);
         let dw = Tensor::f32(self.weight.shape(), dw);
         let param = self.param;
         Some(Job::new(move |weights| weights.add(param, dw)))

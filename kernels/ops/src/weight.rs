@@ -205,7 +205,7 @@ impl Weight {
     pub fn gather_rows(&self, indices: &[u32]) -> Tensor {
         assert!(self.layout == Layout::Rows && self.shape.len() == 2, "rows are gathered from a matrix in row layout");
         let cols = self.inputs();
-        let mut out = vec![0.0; indices.len() * cols];
+        let mut out = crate::memory::buffer(indices.len() * cols);
         for (row, out) in indices.iter().zip(out.chunks_mut(cols.max(1))) {
             let row = *row as usize;
             assert!(row < self.shape[0], "row {row} of a weight of shape {:?}", self.shape);

@@ -212,7 +212,7 @@ pub(crate) fn round_blocks(
     encoding: Encoding,
     kind: Fp8Scales,
 ) -> (Vec<u8>, Vec<f32>) {
-    let mut codes = vec![0; w.len()];
+    let mut codes = memory::buffer(w.len());
     let across = cols.div_ceil(TILE);
     let count = w.len() / (rows * cols).max(1);
     let mut scales = vec![0.0; count * rows.div_ceil(TILE) * across];
