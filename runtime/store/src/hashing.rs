@@ -21,6 +21,8 @@ use crate::buffers::Buffer;
 const CHUNK_BYTES: usize = 1 << 20;
 /// Chunks that wait for the hasher.
 const CHUNKS_WAITING: usize = 4;
+/// Bytes that the system is asked to fetch ahead of each reader: with less a disk waits for the readers.
+const AHEAD_BYTES: u64 = 16 << 20;
 /// Threads that read one file.
 const READERS_MAX: usize = 4;
 /// Bytes written before the system is asked to store them.
@@ -119,21 +121,22 @@ pub(crate) fn read_hashed(path: &Path) -> io::Result<(Bytes, Digest)> {
 /// keep the system's readahead going, which two readers of one file would confuse.
 fn read_share(path: &Path, first: usize, bytes: &mut [u8], values: &mut [ChainingValue]) -> io::Result<()> {
     let file = File::open(path)?;
+    will_read(&file, (first * CHUNK_BYTES) as u64, AHEAD_BYTES);
     for (i, (piece, value)) in bytes.chunks_mut(CHUNK_BYTES).zip(values).enumerate() {
         let offset = ((first + i) * CHUNK_BYTES) as u64;
         file.read_exact_at(piece, offset)?;
         // The disk goes on while this piece is hashed.
-        will_read(&file, offset + piece.len() as u64);
+        will_read(&file, offset + AHEAD_BYTES, piece.len() as u64);
         *value = blake3::Hasher::new().set_input_offset(offset).update(piece).finalize_non_root();
     }
     Ok(())
 }
 
-/// Asks the system to fetch the piece at `offset`.
-fn will_read(file: &File, offset: u64) {
+/// Asks the system to fetch `bytes` bytes from `offset` on.
+fn will_read(file: &File, offset: u64, bytes: u64) {
     // Speed alone depends on it.
     #[cfg(target_os = "linux")]
-    let _ = rustix::fs::fadvise(file, offset, NonZeroU64::new(CHUNK_BYTES as u64), rustix::fs::Advice::WillNeed);
+    let _ = rustix::fs::fadvise(file, offset, NonZeroU64::new(bytes), rustix::fs::Advice::WillNeed);
 }
 
 /// Writes `bytes`, and has the system begin to store each part while the next ones are written, so that the sync that
