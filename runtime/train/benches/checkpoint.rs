@@ -2,7 +2,7 @@
 //!
 //!     cargo bench -p dsv3-train --bench checkpoint [-- NAME [SAVES]]
 //!
-//! `NAME` is a named size (`dsv3-estimate`), M unless said otherwise: 123M parameters. A run over a trainer of that size
+//! `NAME` is a named size (`dsv3-estimate`), M unless said otherwise: 135M parameters. A run over a trainer of that size
 //! saves to a local store after each of its steps, which do nothing but wait until the save before is committed, as it is
 //! in a run with a minute between two saves, and then change every master and moment. The stall is the run's own metric,
 //! `checkpoint_stall_seconds`. With the guard the run copies its start out before its first step and the first save finds
