@@ -1,10 +1,10 @@
 //! Few rows of A against a prepacked weight: every panel is streamed once and decoded in registers.
 //!
-//! A panel's layout is that of `weight/layout.rs`. A block of two inputs becomes vectors of pairs (`few/words.rs`), which are
-//! multiplied as they are (FP8 codes, by the dot product of BF16 pairs) or widened to the f32 of k and of k + 1. An output
-//! is the chain of `gemm.rs`, block by block, with the scales of `gemm/codes.rs` where A has codes too; where it has not,
-//! codes are multiplied by their scale first. So the bits are those of the kernels that pack. Where there is no kernel (portable; AVX2 for more than [`ROWS_NARROW`] rows) the panel
-//! is packed for the usual ones, to the same result.
+//! A panel's layout is that of `weight/layout.rs`. A block of two inputs becomes vectors of pairs (`few/words.rs`), which
+//! are multiplied as they are (FP8 codes, by the dot product of BF16 pairs) or widened to the f32 of k and of k + 1. An
+//! output is the chain of `gemm.rs`, block by block, with the scales of `gemm/codes.rs` where A has codes too; where it has
+//! not, codes are multiplied by their scale first. So the bits are those of the kernels that pack. Where there is no kernel
+//! (portable; AVX2 for more than [`ROWS_NARROW`] rows) the panel is packed for the usual ones, to the same result.
 
 #![allow(unsafe_code)]
 
@@ -78,7 +78,8 @@ pub(super) fn rows_most(isa: Isa, elements: Elements<'_>, form: Form) -> usize {
 ///
 /// # Safety
 /// [`rows_most`] must allow the rows. They must be valid for `k` elements of A (in f32; words of pairs: ⌈k/2⌉), their
-/// scales, or null with strides of 0, for ⌈k/128⌉ blocks, and the outputs for as many rows of `out.cols` columns, which nobody else touches.
+/// scales, or null with strides of 0, for ⌈k/128⌉ blocks, and the outputs for as many rows of `out.cols` columns, which
+/// nobody else touches.
 ///
 /// # Panics
 /// When the matrix has no such panel.
