@@ -265,7 +265,7 @@ impl Shared {
                 say(Level::Info, format!("removed superseded checkpoints {}: {bytes} bytes", seqs.join(", "))).await;
             }
             // What was committed stays so, and superseded checkpoints stay until the next commit.
-            Err(error) => say(Level::Warn, format!("superseded checkpoints stay for now: {error}")).await,
+            Err(error) => say(Level::Warn, format!("superseded checkpoints stay until the next commit: {error}")).await,
         }
     }
 }
