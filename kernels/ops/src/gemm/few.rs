@@ -63,6 +63,8 @@ pub(super) struct Out {
 /// How many rows [`panel`] takes of such elements; `form` says what A holds.
 pub(super) fn rows_most(isa: Isa, elements: Elements<'_>, form: Form) -> usize {
     match isa.kind() {
+        // Without their dot product there are no words of pairs (`codes.rs` sees to that), and no kernel.
+        _ if form == Form::Pairs && !isa.has_bf16_dot() => 0,
         #[cfg(target_arch = "x86_64")]
         crate::isa::Kind::Avx512 => match (elements, form) {
             (Elements::Codes(..), Form::F32) if !isa.has_byte_tables() => ROWS_NARROW,
